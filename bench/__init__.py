@@ -1,0 +1,1 @@
+"""kvfold.bench: cases to test and time, the demo, the microbenchmark runner and the command line."""

@@ -1,0 +1,247 @@
+"""What one kernel is (Variant) and where it applies (Bucket).
+
+The fields of these two classes are the fields of a table row. Each says here which values are
+legal, and neither class can hold a value that cannot run.
+"""
+
+import json
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ITEM_BYTES = {"bf16": 2, "fp32": 4}
+POWERS_OF_TWO = (1, 2, 4, 8, 16, 32)
+POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
+MAX_THREADS = 1024
+# KiB of shared memory a CTA may ask for, where it is more than the 99 that every arch has.
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
+
+
+class TableError(ValueError):
+    """A table, a variant or a request to a table that cannot be; what is not known is None.
+
+    Attributes:
+        file: path of the table.
+        row: where in it, as in 'paged_kv_compress row 3 (line 14)'.
+        field: name of the field.
+        value: what it was.
+        legal: what it may be, in words.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: Path | None = None,
+        row: str | None = None,
+        field: str | None = None,
+        value: Any = None,
+        legal: str | None = None,
+    ):
+        super().__init__(what)
+        self.file, self.row, self.field, self.value, self.legal = file, row, field, value, legal
+
+    def __str__(self) -> str:
+        value = None if self.value is None else "= " + json.dumps(self.value, default=str)
+        sentence = " ".join(part for part in (self.field, value, self.args[0]) if part)
+        place = [str(part) for part in (self.file, self.row) if part]
+        return ": ".join([*place, sentence]) + (f"; legal: {self.legal}" if self.legal else "")
+
+
+def one_of(values: Sequence) -> str:
+    """Legal values in words: 'bf16, fp32' or, where there are many, '8, 16, ..., 512 (integer)'."""
+    few = values if len(values) <= 16 else (*values[:2], "...", values[-1])
+    words = ", ".join(json.dumps(value).strip('"') for value in few)
+    return words + (" (integer)" if type(values[0]) is int else "")
+
+
+def check_value(name: str, value: Any, legal: Sequence) -> None:
+    """Raises TableError unless value is one of legal, type included: true is not 1."""
+    if type(value) is not type(legal[0]) or value not in legal:
+        raise TableError("is not accepted", field=name, value=value, legal=one_of(legal))
+
+
+def check_arch(arch: Any) -> None:
+    """Raises TableError unless arch is 'any' or a name such as 'sm_90' or 'sm_90a'."""
+    if not (isinstance(arch, str) and re.fullmatch("any|sm_[0-9]+[a-z]?", arch)):
+        legal = "any, or sm_<number> as in sm_90"
+        raise TableError("is not accepted", field="arch", value=arch, legal=legal)
+
+
+def _problem(legal: Sequence, default: Callable[[Mapping], Any] | None = None) -> Any:
+    """A field that says what is solved. A default is worked out from the problem's other values."""
+    return field(metadata={"kind": "problem", "legal": legal, "default": default})
+
+
+def _tuning(legal: Sequence) -> Any:
+    """A field that says how."""
+    return field(metadata={"kind": "tuning", "legal": legal, "default": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One kernel: an op, the problem it solves and how. Raises TableError if it cannot run.
+
+    Attributes:
+        op: name of the op.
+        head_dim: columns of an output row.
+        compress_ratio: tokens per window.
+        overlap: whether a window also takes in the window before it.
+        kv_dtype: of the op's input and output, 'bf16' or 'fp32'.
+        state_dtype: of the paged state, likewise.
+        next_n: most new tokens per request and step.
+        backend: 'cuda' or 'triton'.
+        reduce_warps: warps that share one window's rows.
+        head_slice: columns per CTA.
+    """
+
+    op: str
+    head_dim: int = _problem(range(8, 2**30, 8))
+    compress_ratio: int = _problem(POSITIVE)
+    overlap: bool = _problem((False, True), default=lambda problem: problem["compress_ratio"] == 4)
+    kv_dtype: str = _problem(tuple(ITEM_BYTES))
+    state_dtype: str = _problem(tuple(ITEM_BYTES))
+    next_n: int = _problem(range(1, 17))
+    backend: str = _tuning(("cuda", "triton"))
+    reduce_warps: int = _tuning(POWERS_OF_TWO)
+    head_slice: int = _tuning(POSITIVE)
+
+    @classmethod
+    def spec(cls, *kinds: str) -> dict[str, Mapping]:
+        """Field name -> {'kind', 'legal', 'default'}: of the kinds given, else of both kinds."""
+        kinds = kinds or ("problem", "tuning")
+        return {f.name: f.metadata for f in fields(cls) if f.metadata.get("kind") in kinds}
+
+    def __post_init__(self):
+        for name, meta in self.spec().items():
+            check_value(name, getattr(self, name), meta["legal"])
+        if self.head_slice not in self._slices():
+            if self.head_dim % self.head_slice:
+                what = f"does not divide head_dim {self.head_dim}"
+            else:
+                what = f"is no width of a {self.backend} CTA over {self.state_dtype} state"
+            self._refuse("head_slice", what, self._slices())
+        if self.threads > MAX_THREADS:
+            most = MAX_THREADS * self.reduce_warps // self.threads
+            fitting = [warps for warps in POWERS_OF_TWO if warps <= most]
+            what = f"makes a CTA of {self.threads} threads, more than {MAX_THREADS}"
+            self._refuse("reduce_warps", what, fitting)
+
+    def check_shared(self, arch: str) -> None:
+        """Raises TableError if a CTA needs more shared memory than arch ('any', 'sm_90') has."""
+        limit = 1024 * SHARED_KIB.get(arch.rstrip(string.ascii_lowercase), 99)
+        if self.shared_bytes > limit:
+            what = f"takes {self.shared_bytes} bytes of shared memory, arch {arch} has {limit}"
+            most = limit * self.head_slice // self.shared_bytes  # the need is linear in the slice
+            self._refuse("head_slice", what, [width for width in self._slices() if width <= most])
+
+    def _refuse(self, name: str, what: str, legal: list[int]) -> None:
+        raise TableError(what, field=name, value=getattr(self, name), legal=one_of(legal))
+
+    def _slices(self) -> list[int]:
+        """Legal values of head_slice: lanes part a warp evenly or fill whole warps."""
+        widths = (self.vector * lanes for lanes in (1, 2, 4, 8, 16, *range(32, 1025, 32)))
+        any_width = self.backend == "cuda"  # a Triton tile is a power of two wide
+        return [w for w in widths if self.head_dim % w == 0 and (any_width or w & (w - 1) == 0)]
+
+    @property
+    def symbol(self) -> str:
+        """Unique name, a C identifier: paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64."""
+        overlap = "_overlap" if self.overlap else ""
+        triton = "_triton" if self.backend == "triton" else ""
+        return (
+            f"{self.op}_hd{self.head_dim}_r{self.compress_ratio}{overlap}_{self.kv_dtype}"
+            f"_{self.state_dtype}_n{self.next_n}_w{self.reduce_warps}_s{self.head_slice}{triton}"
+        )
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """Problem fields, name -> value."""
+        return {name: getattr(self, name) for name in self.spec("problem")}
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Tuning fields, name -> value."""
+        return {name: getattr(self, name) for name in self.spec("tuning")}
+
+    @property
+    def key(self) -> tuple:
+        """The problem's values in the fields' order: with op, what dispatch looks up."""
+        return tuple(self.problem.values())
+
+    @property
+    def vector(self) -> int:
+        """Columns of state per 16-byte access."""
+        return 16 // ITEM_BYTES[self.state_dtype]
+
+    @property
+    def slices(self) -> int:
+        """CTAs side by side that cover head_dim."""
+        return self.head_dim // self.head_slice
+
+    @property
+    def threads(self) -> int:
+        """Threads per CTA."""
+        if self.backend == "triton":
+            return 32 * self.reduce_warps
+        warps_across = max(1, self.head_slice // self.vector // 32)
+        return 32 * self.reduce_warps * warps_across
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CUDA CTA: new rows (KV, score), then each warp's partial."""
+        if self.backend == "triton":
+            return 0
+        state_slice = self.head_slice * (2 if self.overlap else 1)
+        new_rows = 2 * self.next_n * state_slice * ITEM_BYTES[self.state_dtype]
+        partials = 12 * self.reduce_warps * self.head_slice if self.reduce_warps > 1 else 0
+        return new_rows + partials
+
+
+# The sections a table may have. An op with other fields brings a class of its own.
+OPS = {"paged_kv_compress": Variant}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Where a variant applies, as one row of the table says. Raises TableError if nowhere.
+
+    Attributes:
+        variant: the kernel.
+        min_batch: smallest batch size it serves.
+        max_batch: largest, None for no bound.
+        arch: 'any', or the only GPU architecture it serves, as 'sm_90'.
+        row: number of the row in its section, from 1.
+        line: of the file, from 1.
+    """
+
+    variant: Variant
+    min_batch: int = 1
+    max_batch: int | None = None
+    arch: str = "any"
+    row: int
+    line: int
+
+    def __post_init__(self):
+        check_arch(self.arch)
+        check_value("min_batch", self.min_batch, POSITIVE)
+        if self.max_batch is not None:
+            check_value("max_batch", self.max_batch, POSITIVE)
+            if self.max_batch < self.min_batch:
+                what = f"is below min_batch {self.min_batch}: the row is never reached"
+                legal = f"{self.min_batch} or more"
+                raise TableError(what, field="max_batch", value=self.max_batch, legal=legal)
+        self.variant.check_shared(self.arch)
+
+    @property
+    def group(self) -> tuple:
+        """(op, backend, arch, *key): what shares one batch axis."""
+        return (self.variant.op, self.variant.backend, self.arch, *self.variant.key)
+
+    @property
+    def where(self) -> str:
+        """The row in words."""
+        return f"{self.variant.op} row {self.row} (line {self.line})"

@@ -1,0 +1,277 @@
+"""Compiles CUDA variants with NVRTC, caches the cubins on disk, loads and launches them.
+
+Everything goes through cupy's low-level bindings of NVRTC and the driver: no nvcc, no host
+compiler, no CUDA headers, and compiling needs no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvfold.codegen import Variant, instantiate
+
+log = logging.getLogger("kvfold")
+
+_ROOT = Path(__file__).parent
+_DIGEST_BYTES = 32
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a variant; the message holds its log."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant's machine code and what the assembler said of it (bytes per thread)."""
+
+    symbol: str
+    arch: str
+    cubin: bytes
+    registers: int
+    spill_bytes: int
+    seconds: float
+    log: str
+
+
+@functools.cache
+def available() -> str | None:
+    """None if CUDA variants can be compiled here, else the reason why not."""
+    try:
+        from cupy_backends.cuda.api import driver  # noqa: F401
+
+        version()
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+@functools.cache
+def version() -> str:
+    """NVRTC's version.
+
+    Where NVRTC comes as a wheel, which cupy prefers, the wheel's metadata tells it: loading the
+    library only to ask takes longer than loading a kernel from the cache.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("nvidia-cuda-nvrtc")
+    from cupy_backends.cuda.libs import nvrtc
+
+    return ".".join(map(str, nvrtc.getVersion()))
+
+
+@functools.cache
+def _headers() -> dict[str, bytes]:
+    """Include name -> text of every .cuh file."""
+    files = {"common.cuh": _ROOT / "common.cuh"}
+    files |= {f"{path.parent.name}/{path.name}": path for path in _ROOT.glob("ops/*/*.cuh")}
+    return {name: path.read_bytes() for name, path in sorted(files.items())}
+
+
+def _headers_of(variant: Variant) -> dict[str, bytes]:
+    """The headers of one op: another op's change must not cost this one its cache."""
+    return {
+        name: text
+        for name, text in _headers().items()
+        if "/" not in name or name.startswith(f"{variant.op}/")
+    }
+
+
+def _options(arch: str) -> tuple[str, ...]:
+    return ("--std=c++17", f"--gpu-architecture={arch}", "--ptxas-options=-v")
+
+
+def compile_variant(variant: Variant, arch: str) -> Compiled:
+    """Compiles one variant for `arch` ("sm_90"), past the cache.
+
+    Raises:
+        CompileError: with NVRTC's log.
+    """
+    from cupy_backends.cuda.libs import nvrtc
+
+    began = time.perf_counter()
+    headers = _headers_of(variant)
+    program = nvrtc.createProgram(
+        instantiate(variant), f"{variant.symbol}.cu", list(headers.values()),
+        [name.encode() for name in headers],
+    )  # fmt: skip
+    try:
+        nvrtc.compileProgram(program, _options(arch))
+        # cupy takes the last byte, a zero, for the end of a string and drops it.
+        cubin = nvrtc.getCUBIN(program) + b"\0"
+        text = nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        text = nvrtc.getProgramLog(program).strip()
+        raise CompileError(f"{variant.symbol} for {arch}: {error}\n{text}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    registers = re.search(r"Used (\d+) registers", text)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    return Compiled(
+        symbol=variant.symbol,
+        arch=arch,
+        cubin=cubin,
+        registers=int(registers[1]) if registers else 0,
+        spill_bytes=max(map(int, spills), default=0),
+        seconds=time.perf_counter() - began,
+        log=text,
+    )
+
+
+# ---- The disk cache ------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where cubins are kept: KVFOLD_CACHE_DIR, else kvfold/ in the user's cache directory."""
+    if chosen := os.environ.get("KVFOLD_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfold"
+
+
+def _cache_file(variant: Variant, arch: str) -> Path:
+    key = hashlib.sha256()
+    for part in (
+        instantiate(variant).encode(),
+        *(part for item in _headers_of(variant).items() for part in (item[0].encode(), item[1])),
+        repr(_options(arch)).encode(),
+        version().encode(),
+    ):
+        key.update(len(part).to_bytes(8, "little") + part)
+    return cache_dir() / f"{variant.symbol}.{arch}.{key.hexdigest()[:32]}.cubin"
+
+
+def _read(file: Path) -> bytes | None:
+    """The cubin in a cache file, or None. A file is the SHA-256 of the cubin, then the cubin."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("cannot read %s (%s); compiling again", file, error)
+        return None
+    digest, cubin = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(cubin).digest() != digest:
+        log.warning("%s is damaged; compiling again", file)
+        return None
+    return cubin
+
+
+def _write(file: Path, cubin: bytes) -> None:
+    """Puts a cubin in the cache in one step; a cache that cannot be written costs a log line."""
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
+            temporary = out.name
+            out.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(temporary, file)
+    except OSError as error:
+        log.warning("cannot write %s (%s); the next process compiles again", file, error)
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def cubin_for(variant: Variant, arch: str) -> bytes:
+    """One variant's machine code, from the cache if it is there.
+
+    Raises:
+        CompileError: with NVRTC's log.
+    """
+    file = _cache_file(variant, arch)
+    cubin = _read(file)
+    if cubin is None:
+        compiled = compile_variant(variant, arch)
+        log.info("compiled %s for %s in %.2f s", variant.symbol, arch, compiled.seconds)
+        cubin = compiled.cubin
+        _write(file, cubin)
+    return cubin
+
+
+# ---- Loading and launching -----------------------------------------------------------------------
+
+
+class _LaunchBuffer(threading.local):
+    """A thread's own parameter block: the driver copies it while it launches."""
+
+    capacity = 4096  # bytes, the most a kernel's parameters can be
+
+    def __init__(self) -> None:
+        from cupy_backends.cuda.api import driver, runtime
+
+        self.params = ctypes.create_string_buffer(self.capacity)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self.address = ctypes.addressof(self._pointers)
+        # torch does not bind a context to a thread that has only launched nothing yet.
+        if not driver.ctxGetCurrent():
+            runtime.setDevice(torch.cuda.current_device())
+
+
+class Kernel:
+    """A variant loaded on one device."""
+
+    def __init__(self, variant: Variant, cubin: bytes) -> None:
+        """Loads on torch's current device."""
+        from cupy_backends.cuda.api import driver
+
+        self.variant = variant
+        self.slices = variant.slices
+        self._threads = variant.threads
+        self._shared_bytes = variant.shared_bytes
+        self._driver_launch = driver.launchKernel
+        self._buffer = _launch_buffer()
+        self._buffer.address  # noqa: B018  binds this thread's context
+        self._module = driver.moduleLoadData(cubin)
+        self._function = driver.moduleGetFunction(self._module, variant.symbol)
+        if self._shared_bytes > 48 << 10:
+            driver.funcSetAttribute(
+                self._function,
+                driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                self._shared_bytes,
+            )
+
+    def launch(self, ctas: int, stream: int, pack, *params) -> None:
+        """Launches `ctas` CTAs on a raw stream; `pack` is the parameters' Struct.pack_into."""
+        buffer = self._buffer
+        pack(buffer.params, 0, *params)
+        self._driver_launch(
+            self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream,
+            buffer.address, 0,
+        )  # fmt: skip
+
+
+@functools.cache
+def _launch_buffer() -> _LaunchBuffer:
+    return _LaunchBuffer()
+
+
+_kernels: dict[tuple[Variant, int], Kernel] = {}
+_loading = threading.Lock()
+
+
+def load(variant: Variant, device: torch.device) -> Kernel:
+    """The variant's kernel on a CUDA device, compiled or read from the cache at first use.
+
+    Safe inside stream capture and from several threads.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _loading:
+        kernel = _kernels.get((variant, index))
+        if kernel is None:
+            major, minor = torch.cuda.get_device_capability(index)
+            cubin = cubin_for(variant, f"sm_{major}{minor}")
+            with torch.cuda.device(index):
+                kernel = _kernels[variant, index] = Kernel(variant, cubin)
+    return kernel

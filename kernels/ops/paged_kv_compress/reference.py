@@ -1,0 +1,116 @@
+"""paged_kv_compress in torch, on any device: what CPU tensors run and what the kernels must match.
+
+It works on just the requests, rows and windows that have work, all at once. Finding those
+synchronises on a GPU, so it cannot be captured in a CUDA graph: the kernels are for that.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20
+"""Elements of state gathered at a time: bounds memory and stays in the caches."""
+
+
+def paged_kv_compress(
+    kv_score: Tensor,
+    ape: Tensor,
+    paged_kv: Tensor,
+    paged_score: Tensor,
+    block_table_kv: Tensor,
+    block_table_score: Tensor,
+    output: Tensor,
+    kv_lens: Tensor,
+    cu_seq_lens: Tensor,
+    cu_outputs: Tensor,
+    compress_ratio: int,
+    next_n: int,
+) -> None:
+    """Stores every request's new rows in the paged state and writes the windows that they close.
+
+    Args:
+        kv_score: [num_tokens, 2 * state_dim] bf16 or fp32, KV columns, then score columns.
+        ape: [compress_ratio, state_dim] fp32.
+        paged_kv, paged_score: [num_pages, page_size, state_dim] bf16 or fp32, written in place.
+        block_table_kv, block_table_score: [batch, max_pages] int32.
+        output: [num_outputs, head_dim] bf16 or fp32, written in place. Windows overlap where
+            state_dim is twice head_dim.
+        kv_lens: [batch] int32, tokens per request after this step.
+        cu_seq_lens, cu_outputs: [batch + 1] int32.
+        compress_ratio: tokens per window.
+        next_n: most new tokens of a request; one with more, or that makes no sense, is skipped.
+    """
+    head_dim, state_dim = output.size(1), paged_kv.size(2)
+    pages = (block_table_kv, block_table_score, paged_kv.size(0), paged_kv.size(1))
+
+    # In 64 bits, in which no sum of int32 metadata overflows.
+    begin, end, length = cu_seq_lens[:-1].long(), cu_seq_lens[1:].long(), kv_lens.long()
+    new = end - begin
+    valid = (begin >= 0) & (end <= kv_score.size(0)) & (new >= 0) & (new <= next_n)
+    new = torch.where(valid & (new <= length), new, 0)
+    start = length - new
+
+    # 1. Store.
+    request, t = _expand(new)
+    position = start[request] + t
+    present, page_kv, page_score, slot = _locate(request, position, *pages)
+    token = kv_score[(begin[request] + t)[present]]
+    score = token[:, state_dim:].float() + ape[position[present] % compress_ratio]
+    paged_kv[page_kv, slot] = token[:, :state_dim].to(paged_kv.dtype)
+    paged_score[page_score, slot] = score.to(paged_score.dtype)
+
+    # 2. Count.
+    request, c = _expand(length // compress_ratio - start // compress_ratio)
+    window = start[request] // compress_ratio + c
+    target = cu_outputs[request].long() + c
+    limit = cu_outputs[request + 1].long().clamp(max=output.size(0))
+    written = (target >= 0) & (target < limit)
+    request, window, target = request[written], window[written], target[written]
+
+    # 3. Reduce. A window's rows lie at these offsets from its first position; an overlapping one
+    # takes part 0 of the state's columns from the window before it and part 1 from its own.
+    parts = state_dim // head_dim
+    row = torch.arange(parts * compress_ratio, device=kv_score.device)
+    offset, part = row - (parts - 1) * compress_ratio, row // compress_ratio
+    kv_parts = paged_kv.unflatten(2, (parts, head_dim))
+    score_parts = paged_score.unflatten(2, (parts, head_dim))
+    chunk = max(1, CHUNK // (row.numel() * head_dim))
+    for i in range(0, window.numel(), chunk):
+        at = slice(i, i + chunk)
+        position = window[at, None] * compress_ratio + offset
+        present, page_kv, page_score, slot = _locate(request[at, None], position, *pages)
+        column = part.expand_as(present)[present]
+        # An absent row is zeros at a score of -inf: no weight, unless all are absent.
+        kv = torch.zeros(*present.shape, head_dim, device=kv_score.device)
+        kv[present] = kv_parts[page_kv, slot, column].float()
+        score = torch.full_like(kv, -torch.inf)
+        score[present] = score_parts[page_score, slot, column].float()
+        compressed = (kv * score.softmax(1)).sum(1)
+        compressed[~present.any(1)] = 0
+        output[target[at]] = compressed.to(output.dtype)
+
+
+def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[2, 0, 3] -> [0, 0, 2, 2, 2] and [0, 1, 0, 1, 2]: each count's index and the place in it."""
+    index = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    return index, torch.arange(index.numel(), device=counts.device) - first[index]
+
+
+def _locate(
+    request: Tensor,
+    position: Tensor,
+    block_table_kv: Tensor,
+    block_table_score: Tensor,
+    num_pages: int,
+    page_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which rows are present, and of those the pages of both pools and the slot."""
+    logical = position // page_size
+    known = (position >= 0) & (logical < block_table_kv.size(1))
+    page_kv, page_score = torch.full((2, *position.shape), -1, device=position.device)
+    entry = request.expand_as(position)[known], logical[known]
+    page_kv[known] = block_table_kv[entry].long()
+    page_score[known] = block_table_score[entry].long()
+    present = (page_kv >= 0) & (page_kv < num_pages) & (page_score >= 0) & (page_score < num_pages)
+    slot = position % page_size
+    return present, page_kv[present], page_score[present], slot[present]
