@@ -16,8 +16,9 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4}
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32)
 POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
 MAX_THREADS = 1024
-# KiB of shared memory a CTA may ask for, where it is more than the 99 that every arch has.
+# KiB of shared memory a CTA may ask for. Archs not listed are taken to have as little as the least.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
+SHARED_KIB_ELSEWHERE = 99  # of sm_86, sm_89, sm_120, sm_121
 
 
 class TableError(ValueError):
@@ -90,7 +91,7 @@ class Variant:
         head_dim: columns of an output row.
         compress_ratio: tokens per window.
         overlap: whether a window also takes in the window before it.
-        kv_dtype: of the op's input and output, 'bf16' or 'fp32'.
+        kv_dtype: of the new tokens, 'bf16' or 'fp32'.
         state_dtype: of the paged state, likewise.
         next_n: most new tokens per request and step.
         backend: 'cuda' or 'triton'.
@@ -110,10 +111,10 @@ class Variant:
     head_slice: int = _tuning(POSITIVE)
 
     @classmethod
-    def spec(cls, *kinds: str) -> dict[str, Mapping]:
-        """Field name -> {'kind', 'legal', 'default'}: of the kinds given, else of both kinds."""
-        kinds = kinds or ("problem", "tuning")
-        return {f.name: f.metadata for f in fields(cls) if f.metadata.get("kind") in kinds}
+    def spec(cls, kind: str | None = None) -> dict[str, Mapping]:
+        """Field name -> {'kind', 'legal', 'default'}; kind: only 'problem' or only 'tuning'."""
+        found = {f.name: f.metadata for f in fields(cls) if f.metadata}
+        return {name: meta for name, meta in found.items() if kind in (None, meta["kind"])}
 
     def __post_init__(self):
         for name, meta in self.spec().items():
@@ -132,11 +133,11 @@ class Variant:
 
     def check_shared(self, arch: str) -> None:
         """Raises TableError if a CTA needs more shared memory than arch ('any', 'sm_90') has."""
-        limit = 1024 * SHARED_KIB.get(arch.rstrip(string.ascii_lowercase), 99)
+        limit = 1024 * SHARED_KIB.get(arch.rstrip(string.ascii_lowercase), SHARED_KIB_ELSEWHERE)
         if self.shared_bytes > limit:
             what = f"takes {self.shared_bytes} bytes of shared memory, arch {arch} has {limit}"
-            most = limit * self.head_slice // self.shared_bytes  # the need is linear in the slice
-            self._refuse("head_slice", what, [width for width in self._slices() if width <= most])
+            fitting = [width for width in self._slices() if self._shared_bytes(width) <= limit]
+            self._refuse("head_slice", what, fitting)
 
     def _refuse(self, name: str, what: str, legal: list[int]) -> None:
         raise TableError(what, field=name, value=getattr(self, name), legal=one_of(legal))
@@ -192,13 +193,24 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CUDA CTA: new rows (KV, score), then each warp's partial."""
+        """Dynamic shared memory of a CUDA CTA: the rows it fetches, then each warp's partial.
+
+        kernel.cuh says how a window's rows are dealt out, and asserts that this is what it takes.
+        """
+        return self._shared_bytes(self.head_slice)
+
+    def _shared_bytes(self, head_slice: int) -> int:
         if self.backend == "triton":
             return 0
-        state_slice = self.head_slice * (2 if self.overlap else 1)
-        new_rows = 2 * self.next_n * state_slice * ITEM_BYTES[self.state_dtype]
-        partials = 12 * self.reduce_warps * self.head_slice if self.reduce_warps > 1 else 0
-        return new_rows + partials
+        lanes = head_slice // self.vector
+        warp_groups = max(1, 32 // lanes)
+        window_rows = self.compress_ratio * (2 if self.overlap else 1)
+        quads = 1 << (-(-window_rows // 4) - 1).bit_length()
+        warp_quads = max(min(quads, 4), quads // self.reduce_warps)
+        group_quads = max(1, warp_quads // warp_groups)
+        threads = self.reduce_warps * warp_groups * lanes
+        partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
+        return threads * 4 * group_quads * 2 * 16 + partials
 
 
 # The sections a table may have. An op with other fields brings a class of its own.

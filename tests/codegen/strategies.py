@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hypothesis import settings
 from hypothesis import strategies as st
 
-property_test = settings(max_examples=1500, deadline=None)
+property_test = settings(max_examples=25, deadline=None)
 
 OP = "paged_kv_compress"
 FIRST_LINE = 3  # of the rows in text()

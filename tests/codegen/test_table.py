@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import (
     FAULTS,
     FIRST_LINE,
+    ILLEGAL,
     OP,
     batches,
     broken_yaml,
@@ -187,6 +188,16 @@ def test_one_fault_is_named(file, kind):
             assert f": {fault.field} " in str(error)
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in ILLEGAL for value in ILLEGAL[field]]
+)
+def test_each_illegal_value_is_named(file, field, value):
+    error = refused(file, [ROW | {field: value}])
+    assert error.field == field
+    assert error.row == f"{OP} row 1 (line {FIRST_LINE})"
+    assert f": {field} = " in str(error)
 
 
 LOCAL = [kind for kind in FAULTS if kind not in (broken_yaml, duplicate_row)]
