@@ -1,1 +1,1 @@
-"""kvfold.bench: cases to test and time, the demo, the microbenchmark runner and the command line."""
+"""kvfold.bench: cases, the demo, the microbenchmark runner and the command line."""

@@ -46,7 +46,7 @@ def expected(
     for b, length in enumerate(kv_lens):
         begin, end = cu_seq_lens[b], cu_seq_lens[b + 1]
         new = end - begin
-        if not (0 <= begin and end <= num_tokens and 0 <= new <= next_n and new <= length):
+        if begin < 0 or end > num_tokens or not 0 <= new <= min(next_n, length):
             continue
         start = length - new
 

@@ -193,7 +193,7 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CUDA CTA: the rows it fetches, then each warp's partial.
+        """Dynamic shared memory of a CUDA CTA: the rows it holds, then each warp's partial.
 
         kernel.cuh says how a window's rows are dealt out, and asserts that this is what it takes.
         """
@@ -210,7 +210,9 @@ class Variant:
         group_quads = max(1, warp_quads // warp_groups)
         threads = self.reduce_warps * warp_groups * lanes
         partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
-        return threads * 4 * group_quads * 2 * 16 + partials
+        held_quads = min(group_quads, 4)  # a thread holds one in registers, more in shared memory
+        held = threads * 4 * held_quads * 2 * 16 if held_quads > 1 else 0
+        return held + partials
 
 
 # The sections a table may have. An op with other fields brings a class of its own.

@@ -10,7 +10,7 @@ struct bf16 {
   unsigned short bits;
 };
 
-constexpr float lowest = -3.402823466e+38f;
+constexpr float lowest = -3.402823466e+38f;  // finite
 constexpr float log2_e = 1.4426950408889634f;
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -50,6 +50,16 @@ template <int N>
 __device__ __forceinline__ void round_columns(const float (&x)[N], Vec<bf16, N>& v) {
 #pragma unroll
   for (int i = 0; i < N; i += 2) v.word[i / 2] = round_pair_to_bf16(x[i], x[i + 1]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> every_column(float x) {
+  float columns[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) columns[i] = x;
+  Vec<T, N> v;
+  round_columns(columns, v);
+  return v;
 }
 
 // ---- Global memory ------------------------------------------------------------------------------
@@ -105,14 +115,26 @@ __device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
   }
 }
 
+// Copies 16 bytes to shared memory while the thread goes on; wait_for_copies() ends the wait.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   uint32(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- The reduction tree -------------------------------------------------------------------------
 //
 // The order of a floating-point sum decides its last bits, so the order is fixed by the window
-// alone: leaves of `leaf_rows` consecutive rows, met pairwise by `combine` in a balanced binary
-// tree. Whoever holds a leaf, the bits are the same. The intrinsics keep the compiler from fusing
-// a product into a sum in one kernel and not in another.
+// alone, whoever holds which rows. A window is cut into leaves of 16 rows (8 or 4 if it has no
+// more). A leaf has one maximum and sums its rows in quads: four rows one after the other, then
+// the quads pairwise. Leaves meet pairwise in `combine`, in a balanced binary tree. The intrinsics
+// keep the compiler from fusing a product into a sum in one kernel and not in another.
 
-constexpr int leaf_rows = 4;
+constexpr int quad_rows = 4;
+constexpr int max_leaf_quads = 4;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -131,24 +153,27 @@ struct Partial {
   float max, sum, weighted;
 };
 
-// An absent row comes as score -inf, kv 0.
-__device__ __forceinline__ Partial reduce_leaf(const float (&score)[leaf_rows], const float (&kv)[leaf_rows],
-                                      bool any_present) {
-  Partial leaf;
-  float max = lowest;
+// Adds a quad's sums to a partial: the rows `score`, `kv` of one column, an absent row being
+// (-inf, 0), under the maximum of its leaf.
+__device__ __forceinline__ Partial reduce_quad(const float (&score)[quad_rows],
+                                               const float (&kv)[quad_rows], float max) {
+  Partial quad;
+  quad.max = max;
 #pragma unroll
-  for (int i = 0; i < leaf_rows; ++i) max = fmaxf(max, score[i]);
-  leaf.max = any_present ? max : minus_infinity();
-#pragma unroll
-  for (int i = 0; i < leaf_rows; ++i) {
+  for (int i = 0; i < quad_rows; ++i) {
     const float weight = exp_below(score[i], max);
-    leaf.sum = i ? __fadd_rn(leaf.sum, weight) : weight;
-    leaf.weighted = i ? __fmaf_rn(weight, kv[i], leaf.weighted) : __fmul_rn(weight, kv[i]);
+    quad.sum = i ? __fadd_rn(quad.sum, weight) : weight;
+    quad.weighted = i ? __fmaf_rn(weight, kv[i], quad.weighted) : __fmul_rn(weight, kv[i]);
   }
-  return leaf;
+  return quad;
 }
 
-// Commutative to the bit: the part with the lower maximum is scaled, the other one never is.
+// Two parts of one leaf.
+__device__ __forceinline__ Partial add(const Partial& a, const Partial& b) {
+  return {a.max, __fadd_rn(a.sum, b.sum), __fadd_rn(a.weighted, b.weighted)};
+}
+
+// Two subtrees. Commutative to the bit: the part with the lower maximum is scaled, the other never.
 __device__ __forceinline__ Partial combine(const Partial& a, const Partial& b) {
   const bool a_is_high = a.max >= b.max;
   // Chosen value by value: choosing between the two structs would put both in local memory.

@@ -81,7 +81,7 @@ def _headers() -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in sorted(files.items())}
 
 
-def _headers_of(variant: Variant) -> dict[str, bytes]:
+def headers_of(variant: Variant) -> dict[str, bytes]:
     """The headers of one op: another op's change must not cost this one its cache."""
     return {
         name: text
@@ -100,14 +100,20 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     Raises:
         CompileError: with NVRTC's log.
     """
+    return compile_source(variant.symbol, instantiate(variant), headers_of(variant), arch)
+
+
+def compile_source(symbol: str, source: str, headers: dict[str, bytes], arch: str) -> Compiled:
+    """Compiles CUDA source that holds the kernel `symbol`; headers: include name -> text.
+
+    Raises:
+        CompileError: with NVRTC's log.
+    """
     from cupy_backends.cuda.libs import nvrtc
 
     began = time.perf_counter()
-    headers = _headers_of(variant)
-    program = nvrtc.createProgram(
-        instantiate(variant), f"{variant.symbol}.cu", list(headers.values()),
-        [name.encode() for name in headers],
-    )  # fmt: skip
+    names = [name.encode() for name in headers]
+    program = nvrtc.createProgram(source, f"{symbol}.cu", list(headers.values()), names)
     try:
         nvrtc.compileProgram(program, _options(arch))
         # cupy takes the last byte, a zero, for the end of a string and drops it.
@@ -115,13 +121,13 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
         text = nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         text = nvrtc.getProgramLog(program).strip()
-        raise CompileError(f"{variant.symbol} for {arch}: {error}\n{text}") from None
+        raise CompileError(f"{symbol} for {arch}: {error}\n{text}") from None
     finally:
         nvrtc.destroyProgram(program)
     registers = re.search(r"Used (\d+) registers", text)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
     return Compiled(
-        symbol=variant.symbol,
+        symbol=symbol,
         arch=arch,
         cubin=cubin,
         registers=int(registers[1]) if registers else 0,
@@ -145,7 +151,7 @@ def _cache_file(variant: Variant, arch: str) -> Path:
     key = hashlib.sha256()
     for part in (
         instantiate(variant).encode(),
-        *(part for item in _headers_of(variant).items() for part in (item[0].encode(), item[1])),
+        *(part for item in headers_of(variant).items() for part in (item[0].encode(), item[1])),
         repr(_options(arch)).encode(),
         version().encode(),
     ):
@@ -222,19 +228,18 @@ class _LaunchBuffer(threading.local):
 class Kernel:
     """A variant loaded on one device."""
 
-    def __init__(self, variant: Variant, cubin: bytes) -> None:
-        """Loads on torch's current device."""
+    def __init__(self, variant: Variant, cubin: bytes, symbol: str | None = None) -> None:
+        """Loads on torch's current device; symbol: the kernel's name, if not the variant's."""
         from cupy_backends.cuda.api import driver
 
         self.variant = variant
-        self.slices = variant.slices
         self._threads = variant.threads
         self._shared_bytes = variant.shared_bytes
         self._driver_launch = driver.launchKernel
         self._buffer = _launch_buffer()
         self._buffer.address  # noqa: B018  binds this thread's context
         self._module = driver.moduleLoadData(cubin)
-        self._function = driver.moduleGetFunction(self._module, variant.symbol)
+        self._function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
         if self._shared_bytes > 48 << 10:
             driver.funcSetAttribute(
                 self._function,

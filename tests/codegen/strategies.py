@@ -53,20 +53,26 @@ def batches(row: dict) -> tuple[int, float]:
 
 def runs(row: dict, warps: int, width: int) -> bool:
     """Whether this tuning can run at all of a row's places."""
-    for backend, arch, (head_dim, _, overlap, _, state, next_n) in places(row):
+    for backend, arch, (head_dim, ratio, overlap, _, state, _) in places(row):
         vector = 16 // BYTES[state]
         lanes = width // vector
-        new_rows = 2 * next_n * width * (2 if overlap else 1) * BYTES[state]
-        partials = 12 * warps * width if warps > 1 else 0
         if head_dim % width or width % vector:
             return False
-        if backend == "triton" and width & (width - 1):
+        if backend == "triton":
+            if width & (width - 1):
+                return False
+            continue
+        threads = 32 * warps * max(1, lanes // 32)
+        if (32 % lanes and lanes % 32) or threads > 1024:
             return False
-        if backend == "cuda" and (
-            (32 % lanes and lanes % 32)
-            or 32 * warps * max(1, lanes // 32) > 1024
-            or new_rows + partials > 1024 * SHARED_KIB[arch]
-        ):
+        rows = 4
+        while rows < ratio * (2 if overlap else 1):
+            rows *= 2
+        warp_rows = max(min(rows, 16), rows // warps)
+        thread_rows = max(4, warp_rows * lanes // 32) if lanes < 32 else warp_rows
+        held = 32 * min(thread_rows, 16) * threads if thread_rows > 4 else 0
+        partials = 12 * warps * width if warps > 1 else 0
+        if held + partials > 1024 * SHARED_KIB[arch]:
             return False
     return True
 

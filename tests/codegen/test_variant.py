@@ -75,13 +75,14 @@ def test_key_problem_tuning():
 @pytest.mark.parametrize(
     ("changes", "vector", "slices", "threads", "shared_bytes"),
     [
-        ({}, 4, 8, 256, 2 * 4 * 64 * 4 + 12 * 8 * 64),
-        ({"state_dtype": "bf16"}, 8, 8, 256, 2 * 4 * 64 * 2 + 12 * 8 * 64),
-        ({"reduce_warps": 1}, 4, 8, 32, 2 * 4 * 64 * 4),
-        ({"overlap": True, "reduce_warps": 1}, 4, 8, 32, 2 * 4 * 128 * 4),
-        ({"head_slice": 4, "next_n": 1}, 4, 128, 256, 2 * 4 * 4 + 12 * 8 * 4),
-        ({"head_slice": 256}, 4, 2, 512, 2 * 4 * 256 * 4 + 12 * 8 * 256),
-        ({"head_slice": 512, "state_dtype": "bf16"}, 8, 1, 512, 2 * 4 * 512 * 2 + 12 * 8 * 512),
+        ({}, 4, 8, 256, 128 * 64 * 8 + 12 * 8 * 64),
+        ({"state_dtype": "bf16"}, 8, 8, 256, 12 * 8 * 64),  # four rows a thread: in registers
+        ({"reduce_warps": 1}, 4, 8, 32, 2 * 16 * 64 * 8),  # a leaf of 16 rows per half warp
+        ({"reduce_warps": 1, "overlap": True}, 4, 8, 32, 2 * 16 * 64 * 8),
+        ({"head_slice": 4}, 4, 128, 256, 12 * 8 * 4),
+        ({"head_slice": 256}, 4, 2, 512, 128 * 256 * 8 + 12 * 8 * 256),
+        ({"head_slice": 512, "state_dtype": "bf16"}, 8, 1, 512, 128 * 512 * 4 + 12 * 8 * 512),
+        ({"compress_ratio": 100}, 4, 8, 256, 128 * 64 * 8 + 12 * 8 * 64),
         ({"head_slice": 256, "backend": "triton"}, 4, 2, 256, 0),
     ],
 )
@@ -154,9 +155,9 @@ def test_refuses_what_cannot_run(changes, field, words):
     ],
 )
 def test_shared_memory_limit_of_arch(arch, kib):
-    for needed in range(16, 257, 16):  # KiB; 128 columns of 16 new rows take 16
+    for needed in range(16, 257, 16):  # KiB; 128 columns of 16 rows take 16
         width = 8 * needed
-        variant = make(head_dim=width, head_slice=width, next_n=16, reduce_warps=1)
+        variant = make(head_dim=width, head_slice=width, compress_ratio=16, reduce_warps=1)
         assert variant.shared_bytes == 1024 * needed
         if needed <= kib:
             Bucket(variant=variant, arch=arch, row=1, line=1)
@@ -169,11 +170,11 @@ def test_shared_memory_limit_of_arch(arch, kib):
 
 def test_shared_memory_names_the_slices_that_fit():
     error = refused(
-        make(head_dim=2048, head_slice=2048, next_n=16, reduce_warps=1).check_shared, "any"
+        make(head_dim=2048, head_slice=2048, compress_ratio=16, reduce_warps=1).check_shared, "any"
     )
     assert error.legal == "4, 8, 16, 32, 64, 128, 256, 512 (integer)"
     for width in map(int, error.legal.removesuffix(" (integer)").split(", ")):
-        make(head_dim=2048, head_slice=width, next_n=16, reduce_warps=1).check_shared("any")
+        make(head_dim=2048, head_slice=width, compress_ratio=16, reduce_warps=1).check_shared("any")
 
 
 @pytest.mark.parametrize(

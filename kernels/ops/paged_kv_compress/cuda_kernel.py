@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import struct
 
-from torch._C import _cuda_getCurrentRawStream as current_raw_stream
+import torch
 
 from kvfold.nvrtc import Kernel
 
-# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 8 integers.
-_pack = struct.Struct("10Q9q5iI2i").pack_into
+# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 9 integers.
+_pack = struct.Struct("10Q9q6iI2i").pack_into
 
 
 @functools.cache
@@ -39,14 +39,16 @@ def launch(
     next_n,
 ) -> None:
     """Launches on torch's current stream of the tensors' device, which must be current."""
-    num_pages, page_size, _ = paged_kv.shape
+    variant = kernel.variant
+    num_pages, page_size, state_dim = paged_kv.shape
     batch, max_pages = block_table_kv.shape
     kv_page, kv_slot, _ = paged_kv.stride()
     score_page, score_slot, _ = paged_score.stride()
+    row_vectors = state_dim // variant.vector
     multiplier, shift = divider(page_size)
     kernel.launch(
-        batch * kernel.slices,
-        current_raw_stream(kv_score.get_device()),
+        batch * variant.slices + -(-batch * row_vectors // variant.threads),
+        torch._C._cuda_getCurrentRawStream(kv_score.get_device()),
         _pack,
         kv_score.data_ptr(),
         ape.data_ptr(),
@@ -67,6 +69,7 @@ def launch(
         block_table_kv.stride(0),
         block_table_score.stride(0),
         output.stride(0),
+        batch,
         kv_score.shape[0],
         output.shape[0],
         num_pages,

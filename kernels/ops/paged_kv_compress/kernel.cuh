@@ -1,9 +1,12 @@
-// paged_kv_compress: stores the new tokens' rows in the paged state and, where they close a window,
-// reduces it to one output row. One CTA serves one request and `head_slice` columns.
+// paged_kv_compress: stores the new tokens' rows in the paged state and reduces each window that
+// they close to one output row.
 //
-// The data's way: load_request -> (load_leaf -> reduce_leaf)* -> the tree: in a thread, in a warp,
-// over the warps -> write_output. The new rows go through shared memory (stage_new_rows), so the
-// reduction never waits for their store.
+// The grid's first CTAs reduce: one per request and `head_slice` columns, gone at once where no
+// window closes. The last ones store, all new rows flattened over them. Neither waits for the
+// other: a reducing CTA takes the new rows from kv_score.
+//
+// The way of a reduction: load_request -> fetch_leaf, every thread its own rows and columns, all in
+// flight at once -> reduce_leaf -> the tree: in a thread, in a warp, over the warps -> write_output.
 #pragma once
 #include "common.cuh"
 
@@ -26,7 +29,7 @@ struct Params {
   int64 paged_score_page_stride, paged_score_slot_stride;
   int64 block_table_kv_stride, block_table_score_stride;
   int64 output_stride;
-  int num_tokens, num_outputs, num_pages, max_pages, page_size;
+  int batch, num_tokens, num_outputs, num_pages, max_pages, page_size;
   uint32 page_multiplier;  // position / page_size == position * page_multiplier >> page_shift
   int page_shift;
   int output_is_bf16;
@@ -74,10 +77,11 @@ __device__ constexpr int power_of_two_at_least(int n) {
   return p;
 }
 
-__device__ constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
-// Leaves whose loads may be in flight together in one thread; more cost registers and code.
-constexpr int unrolled_leaves = 2;
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+__device__ constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
 
 template <class C>
 struct Compressor {
@@ -88,51 +92,67 @@ struct Compressor {
   static constexpr int vector = 16 / int(sizeof(state_t));
   static constexpr int lanes = C::head_slice / vector;
   static constexpr int state_dim = C::head_dim * (C::overlap ? 2 : 1);
-  static constexpr int state_slice = C::head_slice * (C::overlap ? 2 : 1);
   static constexpr int slices = C::head_dim / C::head_slice;
 
-  // Rows: threads that have the same columns are in different groups, each with its own leaves.
+  // Rows: threads that have the same columns are in different groups, each with its own quads. A
+  // leaf stays within a warp; where there are more warps or groups than rows, the last are idle.
   static constexpr int window_rows = C::compress_ratio * (C::overlap ? 2 : 1);
-  static constexpr int groups = C::threads / lanes;
-  static constexpr int leaves = power_of_two_at_least((window_rows + leaf_rows - 1) / leaf_rows);
-  static constexpr int group_leaves = leaves > groups ? leaves / groups : 1;
+  static constexpr int quads = power_of_two_at_least((window_rows + quad_rows - 1) / quad_rows);
+  static constexpr int leaf_quads = min_of(quads, max_leaf_quads);
+  static constexpr int warp_groups = max_of(1, 32 / lanes);
+  static constexpr int warp_quads = max_of(leaf_quads, quads / C::reduce_warps);
+  static constexpr int group_quads = max_of(1, warp_quads / warp_groups);
+  static constexpr int group_leaves = max_of(1, group_quads / leaf_quads);
+  static constexpr int held_quads = min_of(group_quads, leaf_quads);  // of one leaf, in a thread
+  static constexpr int held_rows = held_quads * quad_rows;
+  static constexpr int leaf_groups = leaf_quads / held_quads;         // groups that share a leaf
 
-  static constexpr int new_vecs = state_slice / vector;
-  static constexpr int new_bytes = C::next_n * state_slice * int(sizeof(state_t));
+  // A thread holds one quad in registers, more in shared memory, where all CTAs together fit more.
+  static constexpr bool in_registers = held_quads == 1;
+  static constexpr int held_bytes = in_registers ? 0 : C::threads * held_rows * 2 * 16;
+
+  // New rows that a thread has in flight: not so many that they cost occupancy.
+  static constexpr int new_at_once = 16 / vector;
+  static constexpr int store_rows = min_of(C::next_n, new_at_once);
+  static constexpr int row_vecs = state_dim / vector;
+
   static constexpr int partial_bytes =
       C::reduce_warps > 1 ? C::reduce_warps * C::head_slice * int(sizeof(Partial)) : 0;
 
   static_assert(C::head_dim % C::head_slice == 0 && C::head_slice % vector == 0);
   static_assert(lanes % 32 == 0 || 32 % lanes == 0);
-  static_assert(groups * lanes == C::threads && (groups & (groups - 1)) == 0);
-  static_assert(C::shared_bytes == 2 * new_bytes + partial_bytes);
+  static_assert(C::threads == C::reduce_warps * warp_groups * lanes);
+  static_assert(C::shared_bytes == held_bytes + partial_bytes);
 
   using Columns = Vec<state_t, vector>;
 
   const Params& p;
   Request request;
-  int slice_start;    // the slice's first column
-  int lane_column;    // this thread's first column, from slice_start
-  int group;          // which of the window's leaves are this thread's
-  Columns* new_kv;    // [next_n][new_vecs], in shared memory
-  Columns* new_score;
-  float* partials;    // [3][reduce_warps][head_slice], in shared memory
-  bool staged = false;
+  int slice_start;  // the slice's first column
+  int lane_column;  // this thread's first column, from slice_start
+  int group;        // which threads this one shares its rows with
+  int first_row;    // this thread's first row of a window; past the window if the group is idle
+  Columns* slots;   // [held_rows][kv, score][threads] in shared memory, this thread's; or
+  Columns held[in_registers ? held_rows : 1][2];  // the same in registers
+  float* partials;  // [3][reduce_warps][head_slice], in shared memory
 
   __device__ __forceinline__ Compressor(const Params& params, uint4* shared) : p(params) {
     slice_start = int(blockIdx.x % slices) * C::head_slice;
     lane_column = int(threadIdx.x) % lanes * vector;
     group = int(threadIdx.x) / lanes;
-    new_kv = reinterpret_cast<Columns*>(shared);
-    new_score = new_kv + C::next_n * new_vecs;
-    partials = reinterpret_cast<float*>(new_score + C::next_n * new_vecs);
+    const int warp_quad = group % warp_groups * group_quads;
+    first_row = warp_quad < warp_quads
+                    ? (group / warp_groups * warp_quads + warp_quad) * quad_rows
+                    : window_rows;
+    slots = reinterpret_cast<Columns*>(shared) + threadIdx.x;
+    partials = reinterpret_cast<float*>(shared) + held_bytes / 4;
   }
 
   __device__ __forceinline__ int logical_page(int position) const {
     return int(uint64(uint32(position)) * p.page_multiplier >> p.page_shift);
   }
 
-  __device__ __forceinline__ int slot(int position, int page) const {
+  __device__ __forceinline__ int slot_of(int position, int page) const {
     return int(uint32(position) - uint32(page) * uint32(p.page_size));
   }
 
@@ -143,7 +163,7 @@ struct Compressor {
         p.block_table_kv + request.index * p.block_table_kv_stride + page, listed, -1);
     place.page_score = load_int(
         p.block_table_score + request.index * p.block_table_score_stride + page, listed, -1);
-    place.slot = slot(position, page);
+    place.slot = slot_of(position, page);
     place.present = uint32(place.page_kv) < uint32(p.num_pages) &&
                     uint32(place.page_score) < uint32(p.num_pages);
     return place;
@@ -159,46 +179,93 @@ struct Compressor {
            at.slot * p.paged_score_slot_stride + column;
   }
 
-  // Rounds the new rows to the state's dtype, into the state and into shared memory.
-  __device__ __forceinline__ void stage_new_rows() {
-    for (int item = threadIdx.x; item < request.new_tokens * new_vecs; item += C::threads) {
-      const int token = item / new_vecs;
-      const int local = item % new_vecs * vector;
-      const int state_column =
-          slice_start + local + (local < C::head_slice ? 0 : C::head_dim - C::head_slice);
-      const int position = request.start + token;
-      const kv_t* row = static_cast<const kv_t*>(p.kv_score) +
-                        (request.first_token + token) * p.kv_score_stride + state_column;
-      const float* ape_row = p.ape + position % C::compress_ratio * p.ape_stride + state_column;
-      const auto kv_in = load<kv_t, vector>(row, true);
-      const auto score_in = load<kv_t, vector>(row + state_dim, true);
-      const auto ape_in = load<float, vector>(ape_row, true);
-      const Place place = find(position, logical_page(position));
+  // Where the state holds some columns of N consecutive positions.
+  template <int N>
+  struct Rows {
+    state_t* kv[N];
+    state_t* score[N];
+    bool present[N];
+  };
 
-      float kv[vector], score[vector];
+  // The rows at `first`, `first` + 1, ..., of which `count` exist, and those not at negative
+  // positions. column_of(i) is the first column wanted of row i.
+  template <int N, class ColumnOf>
+  __device__ __forceinline__ Rows<N> find_rows(int first, int count, ColumnOf column_of) const {
+    Rows<N> rows;
+    const int last = first + (count < N ? count : N) - 1;
+    const int page = logical_page(first);
+    if (first >= 0 && last >= first && page == logical_page(last)) {  // as nearly always
+      const Place place = find(first, page);
 #pragma unroll
-      for (int i = 0; i < vector; ++i) {
-        kv[i] = column(kv_in, i);
-        score[i] = __fadd_rn(column(score_in, i), column(ape_in, i));
+      for (int i = 0; i < N; ++i) {
+        rows.kv[i] = kv_at(place, column_of(i)) + i * p.paged_kv_slot_stride;
+        rows.score[i] = score_at(place, column_of(i)) + i * p.paged_score_slot_stride;
+        rows.present[i] = place.present && i < count;
       }
-      Columns rounded_kv, rounded_score;
-      round_columns(kv, rounded_kv);
-      round_columns(score, rounded_score);
-      new_kv[item] = rounded_kv;
-      new_score[item] = rounded_score;
-      if (place.present) {
-        store(kv_at(place, state_column), rounded_kv);
-        store(score_at(place, state_column), rounded_score);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int position = first + i;
+        const bool exists = i < count && position >= 0;
+        const Place place = find(position, exists ? logical_page(position) : p.max_pages);
+        rows.kv[i] = kv_at(place, column_of(i));
+        rows.score[i] = score_at(place, column_of(i));
+        rows.present[i] = place.present;
+      }
+    }
+    return rows;
+  }
+
+  // One vector of a new row, as kv_score and ape have it.
+  struct NewColumns {
+    Vec<kv_t, vector> kv, score;
+    Vec<float, vector> ape;
+  };
+
+  __device__ __forceinline__ NewColumns load_new(int token, int state_column, bool exists) const {
+    const kv_t* row = static_cast<const kv_t*>(p.kv_score) +
+                      (request.first_token + token) * p.kv_score_stride + state_column;
+    const int phase = (request.start + token) % C::compress_ratio;
+    return {load<kv_t, vector>(row, exists), load<kv_t, vector>(row + state_dim, exists),
+            load<float, vector>(p.ape + phase * p.ape_stride + state_column, exists)};
+  }
+
+  // The same as the state holds it.
+  static __device__ __forceinline__ void round_new(const NewColumns& columns, Columns& kv,
+                                                   Columns& score) {
+    float exact_kv[vector], exact_score[vector];
+#pragma unroll
+    for (int i = 0; i < vector; ++i) {
+      exact_kv[i] = column(columns.kv, i);
+      exact_score[i] = __fadd_rn(column(columns.score, i), column(columns.ape, i));
+    }
+    round_columns(exact_kv, kv);
+    round_columns(exact_score, score);
+  }
+
+  // Thread `item` of all the storing CTAs: one vector of each of a request's new rows.
+  __device__ __forceinline__ void store_new_rows(int64 item) {
+    const int state_column = int(item % row_vecs) * vector;
+    const int64 index = item / row_vecs;
+    if (index >= p.batch || !load_request<C>(p, int(index), request)) return;
+    for (int first = 0; first < request.new_tokens; first += store_rows) {
+      const int count = request.new_tokens - first;
+      NewColumns columns[store_rows];
+#pragma unroll
+      for (int i = 0; i < store_rows; ++i)
+        columns[i] = load_new(first + i, state_column, i < count);
+      const auto rows = find_rows<store_rows>(request.start + first, count,
+                                              [&](int) { return state_column; });
+#pragma unroll
+      for (int i = 0; i < store_rows; ++i) {
+        if (!rows.present[i]) continue;
+        Columns kv, score;
+        round_new(columns[i], kv, score);
+        store(rows.kv[i], kv);
+        store(rows.score[i], score);
       }
     }
   }
-
-  // Where the state holds the rows of one leaf.
-  struct LeafPlace {
-    const state_t* kv[leaf_rows];
-    const state_t* score[leaf_rows];
-    bool present[leaf_rows];
-  };
 
   // An overlapping window's rows are those of the window before it, then its own.
   static __device__ __forceinline__ bool is_own(int row) {
@@ -209,78 +276,136 @@ struct Compressor {
     return slice_start + lane_column + (C::overlap && is_own(row) ? C::head_dim : 0);
   }
 
-  __device__ __forceinline__ LeafPlace find_leaf(int first_row, int first_position) const {
-    LeafPlace leaf;
-    const int page = logical_page(first_position);
-    constexpr bool never_cut = C::compress_ratio % leaf_rows == 0;
-    if (never_cut && first_row < window_rows && first_position >= 0 &&
-        page == logical_page(first_position + leaf_rows - 1)) {
-      const Place place = find(first_position, page);
-      const state_t* kv = kv_at(place, column_of(first_row));
-      const state_t* score = score_at(place, column_of(first_row));
-#pragma unroll
-      for (int i = 0; i < leaf_rows; ++i) {
-        leaf.kv[i] = kv + i * p.paged_kv_slot_stride;
-        leaf.score[i] = score + i * p.paged_score_slot_stride;
-        leaf.present[i] = place.present;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < leaf_rows; ++i) {
-        const int row = first_row + i, position = first_position + i;
-        const bool exists = row < window_rows && position >= 0;
-        const Place place = find(position, exists ? logical_page(position) : p.max_pages);
-        leaf.kv[i] = kv_at(place, column_of(row));
-        leaf.score[i] = score_at(place, column_of(row));
-        leaf.present[i] = place.present;
-      }
-    }
-    return leaf;
+  __device__ __forceinline__ Columns& slot(int row, int which) {
+    if constexpr (in_registers) return held[row][which];
+    else return slots[(row * 2 + which) * C::threads];
   }
 
-  // One leaf of one window, in this thread's columns.
-  __device__ __forceinline__ void load_and_reduce_leaf(int window, int leaf,
-                                                       Partial (&result)[vector]) {
-    const int first_row = leaf * leaf_rows;
-    const int first_position = (window - int(C::overlap)) * C::compress_ratio + first_row;
-    const LeafPlace place = find_leaf(first_row, first_position);
-    Columns kv[leaf_rows], score[leaf_rows];
-#pragma unroll
-    for (int i = 0; i < leaf_rows; ++i) {
-      const bool old = place.present[i] && first_position + i < request.start;
-      kv[i] = load<state_t, vector>(place.kv[i], old);
-      score[i] = load<state_t, vector>(place.score[i], old);
-    }
+  __device__ __forceinline__ void fetch_old(Columns& to, const state_t* from, bool exists) {
+    if constexpr (in_registers) to = load<state_t, vector>(from, exists);
+    else if (exists) copy_async(&to, from);
+  }
 
-    // The state's rows are in flight; the new ones are fetched meanwhile.
-    if (!staged) {
-      stage_new_rows();
-      __syncthreads();
-      staged = true;
-    }
+  // Brings this thread's rows of one of its leaves into its slots: old ones from the state, new
+  // ones from kv_score, absent ones as (0, -inf). Returns whether any row is present.
+  __device__ __forceinline__ bool fetch_leaf(int window, int leaf) {
+    const int leaf_row = first_row + leaf * held_rows;
+    const int leaf_position = (window - int(C::overlap)) * C::compress_ratio + leaf_row;
+    const int page = logical_page(leaf_position);
+    const bool one_page = leaf_position >= 0 && leaf_row + held_rows <= window_rows &&
+                          page == logical_page(leaf_position + held_rows - 1);
+    Place place;
+    if (one_page) place = find(leaf_position, page);  // as nearly always
     bool any_present = false;
 #pragma unroll
-    for (int i = 0; i < leaf_rows; ++i) {
-      any_present |= place.present[i];
-      const int token = first_position + i - request.start;
-      if (place.present[i] && token >= 0) {
-        const int half = C::overlap && is_own(first_row + i) ? C::head_slice : 0;
-        const int item = token * new_vecs + (lane_column + half) / vector;
-        kv[i] = new_kv[item];
-        score[i] = new_score[item];
+    for (int quad = 0; quad < held_rows; quad += quad_rows) {
+      const int row = leaf_row + quad;
+      const int position = leaf_position + quad;
+      const auto column_at = [&](int i) { return column_of(row + i); };
+      Rows<quad_rows> rows;
+      if (one_page) {
+#pragma unroll
+        for (int i = 0; i < quad_rows; ++i) {
+          rows.kv[i] = kv_at(place, column_at(i)) + (quad + i) * p.paged_kv_slot_stride;
+          rows.score[i] = score_at(place, column_at(i)) + (quad + i) * p.paged_score_slot_stride;
+          rows.present[i] = place.present;
+        }
+      } else {
+        rows = find_rows<quad_rows>(position, window_rows - row, column_at);
+      }
+      bool has_new = false;
+#pragma unroll
+      for (int i = 0; i < quad_rows; ++i) {
+        const bool is_new = position + i >= request.start;
+        fetch_old(slot(quad + i, 0), rows.kv[i], rows.present[i] && !is_new);
+        fetch_old(slot(quad + i, 1), rows.score[i], rows.present[i] && !is_new);
+        any_present |= rows.present[i];
+        has_new |= rows.present[i] && is_new;
+        if (!rows.present[i]) {
+          slot(quad + i, 0) = every_column<state_t, vector>(0.0f);
+          slot(quad + i, 1) = every_column<state_t, vector>(minus_infinity());
+        }
+      }
+      if (has_new) {
+#pragma unroll
+        for (int first = 0; first < quad_rows; first += new_at_once) {
+          NewColumns columns[new_at_once];
+          bool is_new[new_at_once];
+#pragma unroll
+          for (int i = 0; i < new_at_once; ++i) {
+            const int token = position + first + i - request.start;
+            is_new[i] = rows.present[first + i] && token >= 0;
+            columns[i] = load_new(token, column_at(first + i), is_new[i]);
+          }
+#pragma unroll
+          for (int i = 0; i < new_at_once; ++i) {
+            const int at = quad + first + i;
+            if (is_new[i]) round_new(columns[i], slot(at, 0), slot(at, 1));
+          }
+        }
       }
     }
+    if constexpr (!in_registers) wait_for_copies();
+    return any_present;
+  }
 
+  // The leaf in the slots, with what the groups that share it have of it.
+  __device__ __forceinline__ void reduce_leaf(bool any_present, Partial (&result)[vector]) {
+    Columns score[held_rows];
+#pragma unroll
+    for (int i = 0; i < held_rows; ++i) score[i] = slot(i, 1);
+    float max[vector];
 #pragma unroll
     for (int v = 0; v < vector; ++v) {
-      float column_score[leaf_rows], column_kv[leaf_rows];
+      max[v] = lowest;
 #pragma unroll
-      for (int i = 0; i < leaf_rows; ++i) {
-        column_score[i] = place.present[i] ? column(score[i], v) : minus_infinity();
-        column_kv[i] = column(kv[i], v);
-      }
-      result[v] = reduce_leaf(column_score, column_kv, any_present);
+      for (int i = 0; i < held_rows; ++i) max[v] = fmaxf(max[v], column(score[i], v));
     }
+#pragma unroll
+    for (int distance = lanes; distance < lanes * leaf_groups; distance *= 2) {
+      any_present |= bool(__shfl_xor_sync(0xffffffffu, int(any_present), distance));
+#pragma unroll
+      for (int v = 0; v < vector; ++v)
+        max[v] = fmaxf(max[v], __shfl_xor_sync(0xffffffffu, max[v], distance));
+    }
+
+    Partial quad[held_quads][vector];
+#pragma unroll
+    for (int q = 0; q < held_quads; ++q) {
+      Columns kv[quad_rows];
+#pragma unroll
+      for (int i = 0; i < quad_rows; ++i) kv[i] = slot(q * quad_rows + i, 0);
+#pragma unroll
+      for (int v = 0; v < vector; ++v) {
+        float column_score[quad_rows], column_kv[quad_rows];
+#pragma unroll
+        for (int i = 0; i < quad_rows; ++i) {
+          column_score[i] = column(score[q * quad_rows + i], v);
+          column_kv[i] = column(kv[i], v);
+        }
+        quad[q][v] = reduce_quad(column_score, column_kv, max[v]);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < vector; ++v) {
+      if constexpr (held_quads == 1) result[v] = quad[0][v];
+      if constexpr (held_quads == 2) result[v] = add(quad[0][v], quad[1][v]);
+      if constexpr (held_quads == 4)
+        result[v] = add(add(quad[0][v], quad[1][v]), add(quad[2][v], quad[3][v]));
+    }
+#pragma unroll
+    for (int distance = lanes; distance < lanes * leaf_groups; distance *= 2) {
+#pragma unroll
+      for (int v = 0; v < vector; ++v) {
+        Partial other = result[v];
+        other.sum = __shfl_xor_sync(0xffffffffu, other.sum, distance);
+        other.weighted = __shfl_xor_sync(0xffffffffu, other.weighted, distance);
+        result[v] = add(result[v], other);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < vector; ++v)
+      if (!any_present) result[v].max = minus_infinity();
   }
 
   static __device__ __forceinline__ void combine_columns(Partial (&left)[vector],
@@ -289,33 +414,18 @@ struct Compressor {
     for (int v = 0; v < vector; ++v) left[v] = combine(left[v], right[v]);
   }
 
-  // The subtree over leaves [first, first + count), unrolled.
-  template <int count>
-  __device__ __forceinline__ void reduce_leaves(int window, int first, Partial (&result)[vector]) {
-    if constexpr (count == 1) {
-      load_and_reduce_leaf(window, first, result);
-    } else {
-      Partial right[vector];
-      reduce_leaves<count / 2>(window, first, result);
-      reduce_leaves<count / 2>(window, first + count / 2, right);
-      combine_columns(result, right);
-    }
-  }
-
-  // The subtree over this thread's leaves. The loop adds subtrees the way a binary counter adds
-  // ones: open[k] holds a finished left subtree of 2^k of them, waiting for its right sibling.
+  // The subtree over this thread's leaves. The loop adds leaves the way a binary counter adds ones:
+  // open[k] holds a finished left subtree of 2^k leaves, waiting for its right sibling.
   __device__ __forceinline__ void reduce_group(int window, Partial (&result)[vector]) {
-    constexpr int step = group_leaves < unrolled_leaves ? group_leaves : unrolled_leaves;
-    constexpr int steps = group_leaves / step;
-    constexpr int levels = log2_of(steps);
+    constexpr int levels = log2_of(group_leaves);
     Partial open[levels ? levels : 1][vector];
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      reduce_leaves<step>(window, group * group_leaves + i * step, result);
+    for (int leaf = 0; leaf < group_leaves; ++leaf) {
+      reduce_leaf(fetch_leaf(window, leaf), result);
       bool carries = true;
 #pragma unroll
       for (int level = 0; level < levels; ++level) {
-        if (carries && (i >> level & 1)) {
+        if (carries && (leaf >> level & 1)) {
           combine_columns(result, open[level]);
         } else if (carries) {
           carries = false;
@@ -329,7 +439,7 @@ struct Compressor {
   // The subtree over one warp's groups; every lane gets it.
   __device__ __forceinline__ void reduce_warp(Partial (&result)[vector]) {
 #pragma unroll
-    for (int distance = lanes; distance < 32; distance *= 2) {
+    for (int distance = lanes * leaf_groups; distance < 32; distance *= 2) {
 #pragma unroll
       for (int v = 0; v < vector; ++v) {
         Partial other;
@@ -360,7 +470,6 @@ struct Compressor {
       }
     } else {
       constexpr int plane = C::reduce_warps * C::head_slice;
-      constexpr int warp_groups = groups / C::reduce_warps;
       if (group % warp_groups == 0) {
         float* mine = partials + group / warp_groups * C::head_slice + lane_column;
 #pragma unroll
@@ -384,7 +493,7 @@ struct Compressor {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void reduce_windows() {
     if (!load_request<C>(p, int(blockIdx.x / slices), request)) return;
     for (int i = 0; i < request.windows; ++i) {
       Partial result[vector];
@@ -394,14 +503,19 @@ struct Compressor {
       reduce_cta(result, row, row >= 0 && row < request.end_output);
       if (i + 1 < request.windows) __syncthreads();  // `partials` is read, and written again
     }
-    if (!staged) stage_new_rows();
   }
 };
 
 template <class C>
 __device__ __forceinline__ void run(const Params& params) {
   extern __shared__ uint4 shared[];
-  Compressor<C>(params, shared).run();
+  Compressor<C> compressor(params, shared);
+  const int reducing = params.batch * Compressor<C>::slices;
+  if (int(blockIdx.x) < reducing) {
+    compressor.reduce_windows();
+  } else {
+    compressor.store_new_rows(int64(int(blockIdx.x) - reducing) * C::threads + threadIdx.x);
+  }
 }
 
 }  // namespace paged_kv_compress

@@ -79,14 +79,28 @@ def paged_kv_compress(
         position = window[at, None] * compress_ratio + offset
         present, page_kv, page_score, slot = _locate(request[at, None], position, *pages)
         column = part.expand_as(present)[present]
-        # An absent row is zeros at a score of -inf: no weight, unless all are absent.
         kv = torch.zeros(*present.shape, head_dim, device=kv_score.device)
         kv[present] = kv_parts[page_kv, slot, column].float()
         score = torch.full_like(kv, -torch.inf)
         score[present] = score_parts[page_score, slot, column].float()
-        compressed = (kv * score.softmax(1)).sum(1)
-        compressed[~present.any(1)] = 0
+        weight = torch.exp(score - score.amax(1, keepdim=True))
+        weight[~present] = 0
+        compressed, total = _sum_rows(weight * kv), _sum_rows(weight)
+        # The row of the largest score weighs 1: total is 0 just where no row is present.
+        compressed /= total.masked_fill_(total == 0, 1)
         output[target[at]] = compressed.to(output.dtype)
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """[windows, rows, columns] -> [windows, columns] in x's memory, halving the rows.
+
+    sum and softmax would do, but for their last bits: those differ with the number of windows.
+    """
+    while x.size(1) > 1:
+        half = (x.size(1) + 1) // 2
+        x[:, : x.size(1) - half].add_(x[:, half:])
+        x = x[:, :half]
+    return x[:, 0]
 
 
 def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:

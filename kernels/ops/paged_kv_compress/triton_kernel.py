@@ -64,30 +64,28 @@ def launch(
     )
 
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+if triton.knobs.runtime.interpret:
 
+    @triton.jit
+    def _round(x, dtype: tl.constexpr):
+        """fp32 to dtype, to nearest even; the interpreter's own cast to bf16 truncates."""
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+            return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return x
 
-@triton.jit
-def _round(x, dtype: tl.constexpr):
-    """fp32 to dtype, to nearest even: by bits, for Triton's interpreter truncates to bf16."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
+else:
+
+    @triton.jit
+    def _round(x, dtype: tl.constexpr):
+        """fp32 to dtype, to nearest even."""
         return x.to(dtype)
 
 
 @triton.jit
-def _aligned(stride, x):
-    """A row stride of x that the compiler can tell is whole 16 bytes, as the op has checked."""
-    vector: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    return stride // vector * vector
-
-
-@triton.jit
 def _locate(position, wanted, state, page_is_power_of_two: tl.constexpr):
-    """Which wanted rows are present, and their offsets in paged_kv and in paged_score."""
+    """Which wanted rows are present, and where in paged_kv and in paged_score they start."""
     table_kv, table_score, max_pages, num_pages, page_size, page_shift = state[:6]
     kv_page_stride, kv_slot_stride, score_page_stride, score_slot_stride = state[6:]
     if page_is_power_of_two:
@@ -96,49 +94,25 @@ def _locate(position, wanted, state, page_is_power_of_two: tl.constexpr):
     else:
         logical = position // page_size
         slot = position % page_size
+    # One mask for all rows: with one each, the loads would queue for predicate registers.
     wanted = wanted & (logical < max_pages)
-    kv_page = tl.load(table_kv + logical, mask=wanted, other=-1)
-    score_page = tl.load(table_score + logical, mask=wanted, other=-1)
-    present = (kv_page >= 0) & (kv_page < num_pages) & (score_page >= 0) & (score_page < num_pages)
-    at_kv = kv_page * kv_page_stride + slot * kv_slot_stride
-    at_score = score_page * score_page_stride + slot * score_slot_stride
-    return present, at_kv, at_score
+    logical = tl.where(wanted, logical, 0)
+    kv_page = tl.load(table_kv + logical, mask=max_pages > 0, other=-1)
+    score_page = tl.load(table_score + logical, mask=max_pages > 0, other=-1)
+    # A negative page is out of range, too, when unsigned.
+    present = wanted & (kv_page.to(tl.uint32) < num_pages) & (score_page.to(tl.uint32) < num_pages)
+    kv_at = kv_page * kv_page_stride + slot * kv_slot_stride
+    score_at = score_page * score_page_stride + slot * score_slot_stride
+    return present, kv_at, score_at
 
 
 @triton.jit
-def _new_rows(
-    tokens,
-    state,
-    state_dtype: tl.constexpr,
-    page_is_power_of_two: tl.constexpr,
-    compress_ratio: tl.constexpr,
-    next_n: tl.constexpr,
-    parts: tl.constexpr,
-    head_dim: tl.constexpr,
-):
-    """The new rows as the state holds them, KV and score by part, and where: their _locate.
-
-    All loads are issued before one is waited for.
-    """
-    token, token_stride, ape, ape_stride, start, new = tokens
-    kv_in = ()
-    score_in = ()
-    ape_in = ()
-    places = ()
-    for t in tl.static_range(next_n):
-        at = token + t * token_stride
-        at_ape = ape + (start + t) % compress_ratio * ape_stride
-        for part in tl.static_range(parts):
-            kv_in += (tl.load(at + part * head_dim, mask=t < new, other=0.0),)
-            score_in += (tl.load(at + (parts + part) * head_dim, mask=t < new, other=0.0),)
-            ape_in += (tl.load(at_ape + part * head_dim, mask=t < new, other=0.0),)
-        places += (_locate(start + t, t < new, state, page_is_power_of_two),)
-    kv = ()
-    score = ()
-    for i in tl.static_range(next_n * parts):
-        kv += (_round(kv_in[i].to(tl.float32), state_dtype),)
-        score += (_round(score_in[i].to(tl.float32) + ape_in[i], state_dtype),)
-    return kv, score, places
+def _load_new(token, ape, wanted, state_dim: tl.constexpr, dtype: tl.constexpr):
+    """KV and score of new rows as the state holds them, at pointers to their KV and their ape."""
+    kv = tl.load(token, mask=wanted, other=0.0).to(tl.float32)
+    score = tl.load(token + state_dim, mask=wanted, other=0.0).to(tl.float32)
+    score += tl.load(ape, mask=wanted, other=0.0)
+    return _round(kv, dtype), _round(score, dtype)
 
 
 # No value of these makes a kernel of its own, neither the integers nor where in an engine's buffer
@@ -200,10 +174,23 @@ def _kernel(
     next_n: tl.constexpr,
     head_slice: tl.constexpr,
 ):
-    parts: tl.constexpr = 2 if overlap else 1  # of the state's columns, head_dim each
+    parts: tl.constexpr = 2 if overlap else 1  # of head_dim columns, in a row of state
+    state_dim: tl.constexpr = parts * head_dim
+    dtype: tl.constexpr = paged_kv.dtype.element_ty
     slices: tl.constexpr = head_dim // head_slice
     request = tl.program_id(0) // slices
     columns = tl.program_id(0) % slices * head_slice + tl.arange(0, head_slice)
+
+    # Rows are 16-byte aligned, which the op has checked: let the compiler see it. In the input it
+    # is to see no more than in the state, or its layout would be for the input's wider vectors.
+    vector: tl.constexpr = 128 // dtype.primitive_bitwidth
+    kv_page_stride = kv_page_stride // vector * vector
+    kv_slot_stride = kv_slot_stride // vector * vector
+    score_page_stride = score_page_stride // vector * vector
+    score_slot_stride = score_slot_stride // vector * vector
+    in_vector: tl.constexpr = 4 if kv_score.dtype.element_ty == tl.float32 else vector
+    kv_score_stride = kv_score_stride // in_vector * in_vector
+    ape_stride = ape_stride // 4 * 4
 
     # A request that is not valid has no new tokens: it stores nothing and closes nothing.
     begin = tl.load(cu_seq_lens + request).to(tl.int64)
@@ -214,80 +201,55 @@ def _kernel(
     valid = (begin >= 0) & (begin + new <= num_tokens) & (new >= 0) & (new <= next_n)
     new = tl.where(valid & (new <= length), new, 0).to(tl.int32)
     start = length - new
-    window = start // compress_ratio
-    end_window = length // compress_ratio
+    tokens = kv_score + begin * kv_score_stride
     state = (
         block_table_kv + request * table_kv_stride,
         block_table_score + request * table_score_stride,
-        max_pages,
-        num_pages,
+        tl.minimum(max_pages, 2**31 - 1).to(tl.int32),
+        tl.minimum(num_pages, 2**31).to(tl.uint32),
         page_size.to(tl.int32),
         page_shift.to(tl.int32),
-        _aligned(kv_page_stride, paged_kv),
-        _aligned(kv_slot_stride, paged_kv),
-        _aligned(score_page_stride, paged_score),
-        _aligned(score_slot_stride, paged_score),
-    )
-    kv_score_stride = _aligned(kv_score_stride, kv_score)
-    tokens = (
-        kv_score + begin * kv_score_stride + columns,
-        kv_score_stride,
-        ape + columns,
-        _aligned(ape_stride, ape),
-        start,
-        new,
+        kv_page_stride,
+        kv_slot_stride,
+        score_page_stride,
+        score_slot_stride,
     )
 
-    # A window's rows are this far from its first position; an overlapping window takes part 0 of
+    # A window's rows lie at offset from its first position. An overlapping window takes part 0 of
     # the state's columns from the window before it, part 1 from its own positions.
-    rows: tl.constexpr = parts * compress_ratio
-    row = tl.arange(0, triton.next_power_of_2(rows))
+    row = tl.arange(0, triton.next_power_of_2(parts * compress_ratio))
     offset = row - (parts - 1) * compress_ratio
-    row_columns = (row // compress_ratio * head_dim)[:, None] + columns[None, :]
-
-    # Reduce: the rows held in memory, then the new ones, straight from kv_score; two passes over
-    # registers. 
+    column = (row // compress_ratio * head_dim)[:, None] + columns[None, :]
+    window = start // compress_ratio
+    end_window = length // compress_ratio
     while window < end_window:
         position = window * compress_ratio + offset
-        wanted = (row < rows) & (position >= 0) & (position < start)
-        held, at_kv, at_score = _locate(position, wanted, state, page_is_power_of_two)
-        at_kv = at_kv[:, None] + row_columns
-        at_score = at_score[:, None] + row_columns
-        kv = tl.load(paged_kv + at_kv, mask=held[:, None], other=0.0).to(tl.float32)
-        score = tl.load(paged_score + at_score, mask=held[:, None], other=-float("inf"))
-        score = score.to(tl.float32)
-        kv_new, score_new, places = _new_rows(
-            tokens,
-            state,
-            paged_kv.dtype.element_ty,
-            page_is_power_of_two,
-            compress_ratio,
-            next_n,
-            parts,
-            head_dim,
-        )
+        wanted = (row < parts * compress_ratio) & (position >= 0)
+        present, kv_at, score_at = _locate(position, wanted, state, page_is_power_of_two)
+        # New rows come straight from kv_score: nothing here waits for the store.
+        t = position - start
+        token = tokens + ((t * kv_score_stride)[:, None] + column)
+        embedding = ape + ((row % compress_ratio * ape_stride)[:, None] + column)
+        is_new = (wanted & (t >= 0))[:, None]
+        kv, score = _load_new(token, embedding, is_new, state_dim, dtype)
+        # Every load above is under way before one below waits for its address.
+        tl.debug_barrier()
+        is_old = (present & (t < 0))[:, None]
+        kv = tl.load(paged_kv + (kv_at[:, None] + column), mask=is_old, other=kv)
+        score = tl.load(paged_score + (score_at[:, None] + column), mask=is_old, other=score)
 
+        score = tl.where(present[:, None], score.to(tl.float32), -float("inf"))
         top = tl.max(score, axis=0)
-        for i in tl.static_range(next_n * parts):
-            own = (start + i // parts) // compress_ratio + (parts - 1 - i % parts)
-            taken = places[i // parts][0] & (own == window)
-            top = tl.maximum(top, tl.where(taken, score_new[i].to(tl.float32), -float("inf")))
-
-        # Subtracting before scaling to base 2: no finite score overflows.
-        weight = tl.where(held[:, None], tl.exp2((score - top[None, :]) * LOG2_E), 0.0)
-        total = tl.sum(weight, axis=0)
-        compressed = tl.sum(weight * kv, axis=0)
-        for i in tl.static_range(next_n * parts):
-            own = (start + i // parts) // compress_ratio + (parts - 1 - i % parts)
-            taken = places[i // parts][0] & (own == window)
-            weight_i = tl.exp2((score_new[i].to(tl.float32) - top) * LOG2_E)
-            total += tl.where(taken, weight_i, 0.0)
-            compressed += tl.where(taken, weight_i * kv_new[i].to(tl.float32), 0.0)
-
+        # exp. Subtract before scaling to base 2, so that no finite score overflows.
+        weight = tl.exp2((score - top[None, :]) * 1.4426950408889634)
+        weight = tl.where(present[:, None], weight, 0.0)
+        weighted = tl.where(present[:, None], weight * kv.to(tl.float32), 0.0)
+        # Both sums in one exchange between warps.
+        total, compressed = tl.split(tl.sum(tl.join(weight, weighted), axis=0))
         # The row at the top weighs 1: only a window with no row present has a total of 0.
         compressed = compressed / tl.where(total == 0.0, 1.0, total)
         tl.store(
-            output + target * _aligned(output_stride, output) + columns,
+            output + target * output_stride + columns,
             _round(compressed, output.dtype.element_ty),
             mask=(target >= 0) & (target < limit),
         )
@@ -295,18 +257,14 @@ def _kernel(
         window += 1
 
     # Store.
-    kv_new, score_new, places = _new_rows(
-        tokens,
-        state,
-        paged_kv.dtype.element_ty,
-        page_is_power_of_two,
-        compress_ratio,
-        next_n,
-        parts,
-        head_dim,
-    )
-    for i in tl.static_range(next_n * parts):
-        present, at_kv, at_score = places[i // parts]
-        column = columns + i % parts * head_dim
-        tl.store(paged_kv + at_kv + column, kv_new[i], mask=present)
-        tl.store(paged_score + at_score + column, score_new[i], mask=present)
+    t = tl.arange(0, triton.next_power_of_2(next_n))
+    position = start + t
+    present, kv_at, score_at = _locate(position, t < new, state, page_is_power_of_two)
+    present = present[:, None]
+    for part in tl.static_range(parts):
+        column = columns[None, :] + part * head_dim
+        token = tokens + ((t * kv_score_stride)[:, None] + column)
+        embedding = ape + ((position % compress_ratio * ape_stride)[:, None] + column)
+        kv, score = _load_new(token, embedding, (t < new)[:, None], state_dim, dtype)
+        tl.store(paged_kv + (kv_at[:, None] + column), kv, mask=present)
+        tl.store(paged_score + (score_at[:, None] + column), score, mask=present)

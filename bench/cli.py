@@ -1,0 +1,400 @@
+"""The command line: parses, calls the library, prints. `kvfold --help` lists the commands."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvfold import dispatch, nvrtc
+from kvfold.bench import build as building
+from kvfold.bench import cases, report, runner, show
+from kvfold.bench import demo as simulation
+from kvfold.bench import plot as plotting
+from kvfold.bench.verify import WrongResult
+from kvfold.codegen import load_table
+from kvfold.codegen.variant import check_arch
+from kvfold.ops.paged_kv_compress.op import OP
+
+app = typer.Typer(
+    name="kvfold",
+    help="GPU kernels for the KV compressor of models with compressed attention: what is in the"
+    " table, whether it compiles, whether it is right, how fast it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+table_app = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    table_app,
+    name="table",
+    help="Look at the table of kernels (configs.yaml, or the file that KVFOLD_CONFIG names).",
+)
+
+HeadDim = Annotated[int, typer.Option(help="Columns of a compressed row.")]
+CompressRatio = Annotated[int, typer.Option(help="Tokens per window.")]
+Overlap = Annotated[
+    bool | None,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Whether a window takes in the one before it; by default at ratio 4 only.",
+        show_default=False,
+    ),
+]
+KvDtype = Annotated[str, typer.Option(help="Of the new tokens: bf16 or fp32.")]
+StateDtype = Annotated[str, typer.Option(help="Of the paged state: bf16 or fp32.")]
+NextN = Annotated[int, typer.Option(help="The most new tokens per request and step.")]
+
+BATCHES = ",".join(map(str, runner.BATCHES))
+SCENARIOS = ",".join(cases.SCENARIOS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0, 1 for a kernel that is wrong, 2 for a wrong input."""
+    app(args=arguments, prog_name="kvfold")
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what a user can cause into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:  # `kvfold table list | head`: typer ends it in silence
+            raise
+        except (ValueError, OSError) as error:  # TableError is a ValueError
+            _fail(error, 2)
+        except (WrongResult, nvrtc.CompileError, torch.OutOfMemoryError) as error:
+            _fail(error, 1)
+
+    return wrapped
+
+
+def _fail(error: object, code: int) -> None:
+    typer.echo(f"kvfold: {error}", err=True)
+    raise typer.Exit(code)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for every table where it is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 200
+    return console
+
+
+def _progress() -> Progress:
+    """A progress bar on stderr, if that is a terminal, that leaves nothing behind."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(stderr=True)
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _list(name: str, text: str, kind: type = str) -> tuple:
+    """The items of an option that takes '1,16,64', each once."""
+    try:
+        return tuple(dict.fromkeys(kind(item.strip()) for item in text.split(",")))
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; accepted: integers, as in 1,16,64") from None
+
+
+def _without_none(**values: object) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# ---- kvfold table --------------------------------------------------------------------------------
+
+
+@table_app.command("list")
+@clear_errors
+def table_list(
+    every: Annotated[
+        bool, typer.Option("--all", help="One line per variant, not per row.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All variants, as JSON.")] = False,
+) -> None:
+    """Show the table in force: its rows and how many variants each stands for."""
+    table = load_table()
+    if as_json:
+        print(json.dumps(show.table_json(table), indent=1))
+        return
+    console = _console()
+    console.print(f"{table.path}: {show.counts(table)}", soft_wrap=True)
+    for view in show.table_variants(table) if every else show.table_rows(table):
+        console.print(view)
+
+
+@table_app.command("check")
+@clear_errors
+def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")]) -> None:
+    """Say whether a table is valid: OK, or what is wrong where, and exit code 2."""
+    print(f"{file}: OK: {show.counts(load_table(file))}")
+
+
+@table_app.command("explain")
+@clear_errors
+def table_explain(
+    batch: Annotated[int, typer.Option(help="Requests in the step.")],
+    head_dim: HeadDim = 512,
+    compress_ratio: CompressRatio = 128,
+    overlap: Overlap = None,
+    kv_dtype: KvDtype = "bf16",
+    state_dtype: StateDtype = "fp32",
+    next_n: NextN = 4,
+    backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
+    arch: Annotated[
+        str, typer.Option(help="Of the GPU, as sm_90; any: no GPU's own rows.")
+    ] = "any",
+) -> None:
+    """Say which variant a problem gets, and why."""
+    table = load_table()
+    problem = _without_none(
+        head_dim=head_dim, compress_ratio=compress_ratio, overlap=overlap, kv_dtype=kv_dtype,
+        state_dtype=state_dtype, next_n=next_n,
+    )  # fmt: skip
+    variant = table.select(OP, batch=batch, backend=backend, arch=arch, **problem)
+    console = _console()
+    for view in show.explanation(table, variant, batch, arch):
+        console.print(view)
+
+
+# ---- kvfold build --------------------------------------------------------------------------------
+
+
+@app.command()
+@clear_errors
+def build(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GPU to compile for, as sm_90; may be repeated. By default this machine's GPU,"
+            " without one sm_90.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write the cubins to.", show_default=False)
+    ] = None,
+    emit: Annotated[
+        bool, typer.Option("--emit", help="Write the generated sources to --out, too.")
+    ] = False,
+) -> None:
+    """Compile every CUDA variant of the table, in parallel. Needs no GPU."""
+    table = load_table()
+    archs = list(dict.fromkeys(arch or [_own_arch()]))
+    for name in archs:
+        check_arch(name)
+        if name == "any":
+            raise ValueError("arch any cannot be compiled for; accepted: a GPU's, as in sm_90")
+    if emit and out is None:
+        raise ValueError("--emit needs --out DIR, where to write the sources")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    if emit:
+        for file in building.emit(table, out):
+            print(f"wrote {file}")
+    if why := nvrtc.available():
+        _fail(f"no NVRTC here ({why}); pip install 'kvfold[cuda]'", 1)
+    jobs = [(variant, name) for name in archs for variant in building.variants_for(table, name)]
+    compiled = []
+    with _progress() as progress:
+        task = progress.add_task("compiling", total=len(jobs))
+        for one in building.compile_all(jobs):
+            if out is not None:
+                building.write_cubin(one, out)
+            compiled.append(one)
+            progress.advance(task)
+    _console().print(show.built(jobs, compiled))
+    spilling = sum(one.spill_bytes > 0 for one in compiled)
+    where = f", cubins in {out}" if out is not None else ""
+    print(f"{len(compiled)} variants compiled for {', '.join(archs)}; {spilling} spill{where}")
+
+
+def _own_arch() -> str:
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return dispatch.arch_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+# ---- kvfold demo ---------------------------------------------------------------------------------
+
+
+@app.command()
+@clear_errors
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps to simulate.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda; by default cuda where there is a GPU.", show_default=False),
+    ] = None,
+) -> None:
+    """Simulate decoding with speculative tokens and check every compressed row."""
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; accepted: cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA GPU here; accepted: cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _progress() as progress:
+        task = progress.add_task("decoding", total=steps)
+        done = simulation.run(steps, device, seed, on_step=lambda: progress.advance(task))
+    _console().print(show.summary(done))
+    if done.wrong:
+        _fail(f"{done.wrong} rows are wrong, the first at {done.first_wrong}", 1)
+
+
+# ---- kvfold bench --------------------------------------------------------------------------------
+
+
+@app.command()
+@clear_errors
+def bench(
+    head_dim: HeadDim = 512,
+    compress_ratio: CompressRatio = 128,
+    overlap: Overlap = None,
+    kv_dtype: KvDtype = "bf16",
+    state_dtype: StateDtype = "fp32",
+    next_n: NextN = 4,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = BATCHES,
+    scenario: Annotated[
+        str,
+        typer.Option(
+            help="all-hit: every request closes a window. spread: one in compress_ratio / next_n"
+            " does. no-hit: none does. Separated by commas."
+        ),
+    ] = SCENARIOS,
+    page_size: Annotated[
+        str, typer.Option(help="Tokens per page, several separated by commas.")
+    ] = "32",
+    layout: Annotated[
+        str, typer.Option(help="split: KV and score in two pools. packed: side by side in one.")
+    ] = "split",
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Time the dispatched variant with another reduce_warps, head_slice or backend, in"
+            " the table or not; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline",
+            help="Time the dispatched variant and, beside it, the override (by default"
+            " reduce_warps=1) and the yardstick: one warp per window, online softmax row by row.",
+        ),
+    ] = False,
+    warm_l2: Annotated[
+        bool, typer.Option("--warm-l2", help="Replay one state, so that it stays in the L2.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw time over batch size.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Show, and with --plot draw, what --json wrote before; measures nothing.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Time the kernels against the memory's speed; each is checked before it is timed.
+
+    Without a GPU nothing is timed: the op is checked on the CPU, at small batch sizes.
+    """
+    if plot is not None:
+        plotting.require(plot)
+    if source is not None:
+        if json_file is not None:
+            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        _show(report.load(source), plot)
+        return
+    changes = _assignments(override or [])
+    plan = runner.Plan(
+        problem=_without_none(
+            head_dim=head_dim, compress_ratio=compress_ratio, overlap=overlap, kv_dtype=kv_dtype,
+            state_dtype=state_dtype, next_n=next_n,
+        ),
+        batches=_list("--batch", batch, int),
+        scenarios=_list("--scenario", scenario),
+        page_sizes=_list("--page-size", page_size, int),
+        layout=layout,
+        override=changes or ({"reduce_warps": 1} if baseline else {}),
+        baseline=baseline,
+        warm_l2=warm_l2,
+    )  # fmt: skip
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+    if not torch.cuda.is_available():
+        if json_file is not None or plot is not None:
+            raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
+        _check_on_cpu(plan)
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    with _progress() as progress:
+        task = progress.add_task("measuring the limit", total=len(plan.points()))
+        done = runner.measure(
+            plan, device, lambda point: progress.update(task, description=str(point), advance=1)
+        )
+    if json_file is not None:
+        report.save(done, json_file)
+    _show(done, plot)
+
+
+def _assignments(texts: list[str]) -> dict[str, int | str]:
+    """['reduce_warps=1'] -> {'reduce_warps': 1}."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, _, value) in zip(texts, pairs, strict=True):
+        if not (name and value):
+            raise ValueError(f"--override is {text!r}; accepted: NAME=VALUE, as in reduce_warps=1")
+    return {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
+
+
+def _check_on_cpu(plan: runner.Plan) -> None:
+    print("No CUDA GPU here, so nothing is timed. Checking the op on the CPU instead.")
+    small = tuple(size for size in plan.batches if size <= runner.CPU_BATCH)
+    plan = dataclasses.replace(plan, batches=small or (runner.CPU_BATCH,))
+    points = []
+    with _progress() as progress:
+        task = progress.add_task("checking", total=len(plan.points()))
+        for point in runner.check(plan, torch.device("cpu")):
+            points.append(point)
+            progress.advance(task)
+    _console().print(show.checked(points))
+    print(f"Right at {len(points)} points: the state exactly, the output within tolerance.")
+
+
+def _show(done: report.Report, plot: Path | None) -> None:
+    console = _console()
+    console.print(show.origin(done), soft_wrap=True)
+    for view in show.times(done.rows):
+        console.print(view)
+    if plot is not None:
+        plotting.plot(done, plot)
+
+
+if __name__ == "__main__":
+    main()

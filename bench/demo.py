@@ -1,0 +1,331 @@
+"""A decode simulation: what an inference engine does with the op, every emitted row checked.
+
+Requests come and go. Each step drafts tokens, stores and compresses them, and keeps a random
+number of the drafts, so lengths roll back. The simulator remembers each request's whole history,
+and a closed window's row must be what float64 makes of that history.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kvfold
+from kvfold import dispatch
+from kvfold.bench.verify import outside
+from kvfold.ops.paged_kv_compress.op import OP
+
+COMPRESS_RATIOS = (4, 128)
+NEXT_N = 4
+PAGE_SIZE = 16
+MAX_LENGTH = 1024  # tokens of a request
+BATCH_STEP = 4  # batches are padded to a multiple, as engines do to replay few CUDA graphs
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        rows: output rows emitted and checked.
+        again: those of them whose window had closed before, on tokens that were then rejected.
+        wrong: rows that are out of tolerance, missing, or written without being due.
+        first_wrong: where the first of them is, None if there is none.
+        largest_error: largest |row - float64|.
+    """
+
+    device: str
+    backend: str
+    variants: set[str] = field(default_factory=set)
+    steps: int = 0
+    requests: int = 0
+    tokens: int = 0
+    rows: int = 0
+    again: int = 0
+    wrong: int = 0
+    first_wrong: str | None = None
+    largest_error: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's requests, each int64 [batch]: slot (-1: padding), tokens before it, tokens new."""
+
+    slot: np.ndarray
+    start: np.ndarray
+    new: np.ndarray
+
+    @property
+    def end(self) -> np.ndarray:
+        return self.start + self.new
+
+
+def run(
+    steps: int = 300, device: torch.device | str = "cpu", seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Summary:  # fmt: skip
+    """Simulates; calls `on_step` after every step.
+
+    Raises:
+        TableError: the table in force has no row for the demo's problems.
+    """
+    began = time.perf_counter()
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    slots, head_dim = (64, 512) if on_gpu else (32, 128)
+    requests = Requests(slots, np.random.default_rng(seed))
+    summary = Summary(
+        device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        backend=dispatch.backend_for(device.type),
+    )
+    with _one_thread():
+        layers = [Layer(head_dim, ratio, slots, device, seed) for ratio in COMPRESS_RATIOS]
+        for _ in range(steps):
+            for slot in requests.arrive():
+                for layer in layers:
+                    layer.admit(slot, requests.length[slot])
+            step = requests.draft()
+            for layer in layers:
+                layer.compress(step, summary)
+            for slot in requests.accept(step):
+                for layer in layers:
+                    layer.release(slot)
+            summary.steps += 1
+            summary.tokens += int(step.new.sum())
+            on_step()
+    summary.requests = requests.served
+    summary.seconds = time.perf_counter() - began
+    return summary
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch from splitting tensors that are too small for it: on a CPU, ten times faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Requests:
+    """Who is in the batch and how far: requests of mixed length in a fixed number of slots."""
+
+    def __init__(self, slots: int, rng: np.random.Generator):
+        self.rng = rng
+        self.length = np.zeros(slots, np.int64)  # tokens accepted so far
+        self.target = np.zeros(
+            slots, np.int64
+        )  # length at which the request is done; 0: no request
+        self.served = 0
+
+    def arrive(self) -> list[int]:
+        """Starts requests in some of the free slots; returns those slots."""
+        free = np.flatnonzero(self.target == 0)
+        slots = free[self.rng.random(len(free)) < 0.2]
+        self.length[slots] = self.rng.integers(0, 400, len(slots))  # the prompt
+        self.target[slots] = self.length[slots] + self.rng.integers(20, 600, len(slots))
+        self.served += len(slots)
+        return slots.tolist()
+
+    def draft(self) -> Step:
+        """This step's batch: most requests draft NEXT_N tokens, some fewer, padding none."""
+        slots = self.rng.permutation(np.flatnonzero(self.target))
+        new = np.where(self.rng.random(len(slots)) < 0.8, NEXT_N, self.rng.integers(1, NEXT_N + 1))
+        padding = -len(slots) % BATCH_STEP or (BATCH_STEP if len(slots) == 0 else 0)
+        return Step(
+            slot=np.pad(slots, (0, padding), constant_values=-1),
+            start=np.pad(self.length[slots], (0, padding)),
+            new=np.pad(new, (0, padding)),
+        )
+
+    def accept(self, step: Step) -> list[int]:
+        """Keeps 1 to all of each request's new tokens; returns the slots of those now done."""
+        active = step.slot >= 0
+        slots = step.slot[active]
+        self.length[slots] += self.rng.integers(1, step.new[active] + 1)
+        done = slots[self.length[slots] >= self.target[slots]]
+        self.target[done] = 0
+        return done.tolist()
+
+
+class Pages:
+    """A block table over physical pages that all requests share, handed out in random order."""
+
+    def __init__(self, slots: int, pages: int, rng: np.random.Generator):
+        self.rng = rng
+        self.free = list(range(pages))
+        self.table = np.full((slots + 1, -(-MAX_LENGTH // PAGE_SIZE)), -1, np.int32)  # -1: padding
+
+    def hold(self, slot: int, first: int, last: int) -> None:
+        """Makes a request hold exactly the logical pages first to last; keeps those it has."""
+        row = self.table[slot]
+        needed = np.zeros(len(row), bool)
+        needed[first : last + 1] = True
+        for logical in np.flatnonzero(~needed & (row >= 0)):
+            self.free.append(int(row[logical]))
+            row[logical] = -1
+        for logical in np.flatnonzero(needed & (row < 0)):
+            row[logical] = self.free.pop(self.rng.integers(len(self.free)))
+
+
+class Layer:
+    """One compressor: its paged state, and the history that says what must come out of it."""
+
+    def __init__(
+        self, head_dim: int, compress_ratio: int, slots: int, device: torch.device, seed: int
+    ):
+        self.head_dim, self.compress_ratio = head_dim, compress_ratio
+        self.overlap = compress_ratio == 4
+        self.state_dim = state_dim = head_dim * (2 if self.overlap else 1)
+        self.generator = torch.Generator(device).manual_seed(seed + compress_ratio)
+        self.device = device
+        self.ape = self._random(compress_ratio, state_dim)
+        # Enough for the windows a step may read and the tokens it may store.
+        rows = (2 if self.overlap else 1) * compress_ratio + NEXT_N
+        pages = slots * (-(-rows // PAGE_SIZE) + 1)
+        rng = np.random.default_rng(seed + compress_ratio)
+        self.pages_kv, self.pages_score = (Pages(slots, pages, rng) for _ in range(2))
+        self.paged_kv, self.paged_score = (
+            self._random(pages, PAGE_SIZE, state_dim) for _ in range(2)
+        )
+        self.history_kv, self.history_score = (
+            torch.zeros(slots, MAX_LENGTH + NEXT_N, state_dim, device=device) for _ in range(2)
+        )
+        self.closed = np.zeros(slots, np.int64)  # windows that have closed, rejected or not
+
+    def admit(self, slot: int, length: int) -> None:
+        """Takes in a request after its prompt: fills the state that decoding will read."""
+        self.history_kv[slot, :length] = self._random(length, self.state_dim)
+        self.history_score[slot, :length] = self._random(length, self.state_dim)
+        self._hold(slot, length, length)
+        first = self._first_needed(length)
+        position = np.arange(first, length)
+        if length > first:
+            for pages, pool, history in (
+                (self.pages_kv, self.paged_kv, self.history_kv),
+                (self.pages_score, self.paged_score, self.history_score),
+            ):
+                physical = self._index(pages.table[slot, position // PAGE_SIZE])
+                pool[physical, self._index(position % PAGE_SIZE)] = history[slot, first:length]
+        self.closed[slot] = length // self.compress_ratio
+
+    def release(self, slot: int) -> None:
+        """Gives a request's pages back."""
+        self.pages_kv.hold(slot, 0, -1)
+        self.pages_score.hold(slot, 0, -1)
+
+    def compress(self, step: Step, summary: Summary) -> None:
+        """Calls the op for one step and checks all it emits."""
+        for slot, start, end in zip(step.slot, step.start, step.end, strict=True):
+            if slot >= 0:
+                self._hold(slot, start, end)
+        kv_score = self._random(int(step.new.sum()), 2 * self.state_dim).bfloat16()
+        self._remember(step, kv_score)
+        reserved = -(-step.new // self.compress_ratio)
+        first_output = np.concatenate(([0], reserved.cumsum()))
+        output = torch.full((first_output[-1], self.head_dim), torch.nan, device=self.device)
+        kvfold.paged_kv_compress(
+            kv_score,
+            self.ape,
+            self.paged_kv,
+            self.paged_score,
+            self._int32(self.pages_kv.table[step.slot]),
+            self._int32(self.pages_score.table[step.slot]),
+            output,
+            self._int32(step.end),
+            self._int32(np.concatenate(([0], step.new.cumsum()))),
+            self._int32(first_output),
+            self.compress_ratio,
+            NEXT_N,
+        )
+        summary.variants.add(self._variant(len(step.slot)))
+        self._check(step, first_output, output, summary)
+
+    def _check(
+        self, step: Step, first_output: np.ndarray, output: Tensor, summary: Summary
+    ) -> None:
+        """Compares the output with the history; rows that are not due must still be NaN."""
+        first = step.start // self.compress_ratio
+        count = step.end // self.compress_ratio - first
+        request = np.repeat(np.arange(len(count)), count)
+        nth = np.arange(len(request)) - np.repeat(count.cumsum() - count, count)
+        slot, window = step.slot[request], first[request] + nth
+        row = first_output[request] + nth
+        want = torch.full(output.shape, torch.nan, dtype=torch.float64, device=self.device)
+        want[self._index(row)] = self._closed_form(slot, window)
+
+        summary.rows += len(row)
+        summary.again += int((window < self.closed[slot]).sum())
+        np.maximum.at(self.closed, slot, window + 1)
+        wrong, error = outside(output, want)
+        if not len(output):
+            return
+        summary.largest_error = max(summary.largest_error, float(error.nan_to_num(0).max()))
+        wrong_rows = wrong.any(1).nonzero().flatten().tolist()
+        summary.wrong += len(wrong_rows)
+        if wrong_rows and summary.first_wrong is None:
+            owner = int(np.searchsorted(first_output, wrong_rows[0], side="right")) - 1
+            summary.first_wrong = (
+                f"step {summary.steps}, ratio {self.compress_ratio}, request {owner} of"
+                f" {len(step.slot)}, with {step.new[owner]} new tokens up to {step.end[owner]}"
+            )
+
+    def _closed_form(self, slot: np.ndarray, window: np.ndarray) -> Tensor:
+        """What windows of the history compress to: float64 [windows, head_dim]."""
+        position = window[:, None] * self.compress_ratio + np.arange(self.compress_ratio)
+        kv, score = self._past(slot, position, slice(self.state_dim - self.head_dim, None))
+        if self.overlap:
+            before = position - self.compress_ratio
+            kv_before, score_before = self._past(slot, before, slice(self.head_dim))
+            score_before[self._index(before) < 0] = -torch.inf
+            kv, score = torch.cat((kv_before, kv), 1), torch.cat((score_before, score), 1)
+        return (kv * score.softmax(1)).sum(1)
+
+    def _past(
+        self, slot: np.ndarray, position: np.ndarray, columns: slice
+    ) -> tuple[Tensor, Tensor]:
+        """KV and score of the history, float64 [windows, rows, columns]."""
+        place = self._index(slot[:, None]), self._index(position)
+        kv, score = (history[place] for history in (self.history_kv, self.history_score))
+        return kv[..., columns].double(), score[..., columns].double()
+
+    def _remember(self, step: Step, kv_score: Tensor) -> None:
+        """Puts the new tokens in the history, over what was rejected."""
+        slot = np.repeat(step.slot, step.new)
+        nth = np.arange(len(slot)) - np.repeat(step.new.cumsum() - step.new, step.new)
+        position = np.repeat(step.start, step.new) + nth
+        kv, score = kv_score.float().split(self.state_dim, dim=1)
+        place = self._index(slot), self._index(position)
+        self.history_kv[place] = kv
+        self.history_score[place] = score + self.ape[self._index(position % self.compress_ratio)]
+
+    def _first_needed(self, length: int) -> int:
+        """The first position whose state a window that is still open reads."""
+        return max(0, (length // self.compress_ratio - int(self.overlap)) * self.compress_ratio)
+
+    def _hold(self, slot: int, start: int, end: int) -> None:
+        first, last = self._first_needed(start) // PAGE_SIZE, (end - 1) // PAGE_SIZE
+        self.pages_kv.hold(slot, first, last)
+        self.pages_score.hold(slot, first, last)
+
+    def _variant(self, batch: int) -> str:
+        if dispatch.backend_for(self.device.type) == "reference":
+            return "none: the torch reference"
+        key = (self.head_dim, self.compress_ratio, self.overlap, "bf16", "fp32", NEXT_N)
+        return dispatch.select(OP, key, batch, self.device).symbol
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
+
+    def _int32(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)

@@ -1,0 +1,170 @@
+"""A results file: what was measured, on what, with what."""
+
+import importlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import kvfold
+from kvfold import dispatch, nvrtc
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one point. Times in microseconds per call; None where a field does not apply.
+
+    Attributes:
+        problem: the op's problem fields.
+        l2: 'cold' or 'warm'.
+        variant: symbol of the kernel.
+        bytes: what a call must move.
+        limit_us: the least time for so many bytes on this device.
+        efficiency: limit_us / median_us.
+        host_us: host time of an eager call of the op; None for a variant it did not dispatch.
+    """
+
+    op: str
+    scenario: str
+    problem: dict
+    batch: int
+    page_size: int
+    layout: str
+    l2: str
+    backend: str
+    variant: str
+    median_us: float
+    min_us: float
+    max_us: float
+    bytes: int
+    limit_us: float
+    efficiency: float
+    host_us: float | None
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the table chose the variant: only the op's own calls have a host time."""
+        return self.host_us is not None
+
+    @property
+    def chosen_by(self) -> str:
+        """'table', 'override', or for a kernel that is no variant of the op, 'yardstick'."""
+        if self.dispatched:
+            return "table"
+        return "override" if self.variant.startswith(self.op) else "yardstick"
+
+    @property
+    def tuning(self) -> str:
+        """The end of the symbol, which says how the problem is solved: 'w8_s64'."""
+        return self.variant.split(f"_n{self.problem['next_n']}_")[-1]
+
+    @property
+    def panel(self) -> tuple:
+        """What the rows of one table have in common: scenario, page size, layout."""
+        return self.scenario, self.page_size, self.layout
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one run and where they come from; bandwidths in GB/s of 1e9 bytes."""
+
+    device: str
+    driver: str | None
+    versions: dict[str, str | None]
+    date: str
+    commit: str | None
+    config_fingerprint: str
+    read_bandwidth_gbs: float
+    copy_bandwidth_gbs: float
+    empty_node_us: float
+    rows: list[Row]
+
+
+def save(report: Report, file: Path) -> None:
+    """Writes a report as JSON in one step: the file is the old one or the new one, never half."""
+    rounded = json.loads(json.dumps(asdict(report)), parse_float=lambda text: round(float(text), 4))
+    text = json.dumps(rounded, indent=1) + "\n"
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
+        out.write(text)
+    os.chmod(out.name, 0o644)  # as any new file: a temporary one is its owner's alone
+    os.replace(out.name, file)
+
+
+def load(file: Path) -> Report:
+    """Reads what `save` wrote.
+
+    Raises:
+        ValueError: the file is no report.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text())
+        rows = [Row(**row) for row in content.pop("rows")]
+        return Report(**content, rows=rows)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is no results file of kvfold bench ({error})") from None
+
+
+def environment(device: torch.device) -> dict:
+    """The fields of a Report that say where it comes from."""
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": _driver(),
+        "versions": _versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "config_fingerprint": dispatch.table().fingerprint,
+    }
+
+
+def commit() -> str | None:
+    """KVFOLD_COMMIT, else the checkout's commit, '-dirty' if it is changed; None if no checkout."""
+    if given := os.environ.get("KVFOLD_COMMIT"):
+        return given
+    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not head or not top or Path(top).resolve() != ROOT:
+        return None  # no checkout, or another project's that kvfold is installed inside of
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    return f"{head}-dirty" if changed else head
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "kvfold": kvfold.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cupy": _version("cupy"),
+        "nvrtc": nvrtc.version() if nvrtc.available() is None else None,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(module: str) -> str | None:
+    try:
+        return importlib.import_module(module).__version__
+    except ImportError:
+        return None
+
+
+def _driver() -> str | None:
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return drivers.splitlines()[0] if drivers else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

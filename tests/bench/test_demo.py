@@ -1,0 +1,87 @@
+"""The decode simulation: passes with the op, fails with a broken one."""
+
+import numpy as np
+import pytest
+
+import kvfold
+from kvfold.bench import demo
+from kvfold.ops.paged_kv_compress import reference
+
+
+def test_a_short_run_is_right():
+    steps = []
+    done = demo.run(40, on_step=lambda: steps.append(1))
+    assert done.wrong == 0 and done.first_wrong is None
+    assert done.steps == len(steps) == 40
+    assert done.rows > 500 and done.again > 0
+    assert 0 < done.largest_error < 1e-5
+    assert done.device == "CPU" and done.backend == "reference"
+
+
+def test_the_seed_decides_all():
+    first, again, other = (demo.run(5, seed=seed) for seed in (3, 3, 4))
+    assert (first.rows, first.largest_error) == (again.rows, again.largest_error)
+    assert (first.rows, first.largest_error) != (other.rows, other.largest_error)
+
+
+def no_store(*args):
+    """Emits, but forgets the new tokens."""
+    pools = args[2].clone(), args[3].clone()
+    reference.paged_kv_compress(*args)
+    args[2].copy_(pools[0])
+    args[3].copy_(pools[1])
+
+
+def no_output(*args):
+    reference.paged_kv_compress(*args[:6], args[6].clone(), *args[7:])
+
+
+def imprecise(*args):
+    reference.paged_kv_compress(*args)
+    args[6].mul_(1.001)
+
+
+def extra_rows(*args):
+    reference.paged_kv_compress(*args)
+    args[6].nan_to_num_(0)
+
+
+@pytest.mark.parametrize("op", [no_store, no_output, imprecise, extra_rows])
+def test_a_broken_op_is_found(monkeypatch, op):
+    monkeypatch.setattr(kvfold, "paged_kv_compress", op)
+    done = demo.run(30)
+    assert done.wrong > 0
+    assert "request" in done.first_wrong and "ratio" in done.first_wrong
+
+
+def test_requests_come_roll_back_and_go():
+    requests = demo.Requests(8, np.random.default_rng(0))
+    sizes, padded, ragged = set(), 0, 0
+    for _ in range(200):
+        requests.arrive()
+        step = requests.draft()
+        active = step.slot >= 0
+        assert len(step.slot) % demo.BATCH_STEP == 0 and len(step.slot) > 0
+        assert (step.new[~active] == 0).all()
+        before = requests.length[step.slot[active]]
+        requests.accept(step)
+        kept = requests.length[step.slot[active]] - before
+        assert (kept >= 1).all() and (kept <= step.new[active]).all()
+        sizes.add(len(step.slot))
+        padded += (~active).sum()
+        ragged += (step.new[active] < demo.NEXT_N).sum()
+    assert len(sizes) > 1 and padded and ragged
+    assert requests.served > 8
+
+
+def test_pages_are_shared_and_never_held_twice():
+    pages = demo.Pages(3, 10, np.random.default_rng(0))
+    pages.hold(0, 0, 3)
+    pages.hold(1, 2, 4)
+    kept = pages.table[0, 2:4].tolist()
+    pages.hold(0, 2, 5)
+    assert pages.table[0, 2:4].tolist() == kept
+    held = pages.table[pages.table >= 0].tolist()
+    assert sorted(held + pages.free) == list(range(10))
+    pages.hold(0, 0, -1)
+    assert (pages.table[0] == -1).all() and len(pages.free) == 7
