@@ -101,7 +101,12 @@ def select(op: str, key: tuple, batch: int, device: torch.device) -> Variant:
 
 
 def bind(variant: Variant, device: torch.device) -> Callable[..., None]:
-    """What launches a variant: takes the op's arguments. Compiles or loads it if need be."""
+    """What launches a variant: takes the op's arguments. Compiles or loads it if need be.
+
+    Raises:
+        TableError: a CTA of it needs more shared memory than the device has.
+    """
+    variant.check_shared(arch_of(device))
     module = importlib.import_module(f"kvfold.ops.{variant.op}.{variant.backend}_kernel")
     subject = nvrtc.load(variant, device) if variant.backend == "cuda" else variant
     return functools.partial(module.launch, subject)

@@ -51,7 +51,9 @@ def all_variants(key) -> list[Variant]:
         for head_slice in (16, 32, 64, 128, 256, 512):
             with contextlib.suppress(TableError):
                 tuning = {"reduce_warps": reduce_warps, "head_slice": head_slice}
-                found.append(Variant(op=OP, backend="cuda", **problem_of(key), **tuning))
+                variant = Variant(op=OP, backend="cuda", **problem_of(key), **tuning)
+                variant.check_shared("sm_90")
+                found.append(variant)
     assert len(found) > 5
     return found
 
