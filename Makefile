@@ -33,10 +33,11 @@ format: setup  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+gpu: SHELL := /bin/bash -o pipefail
 gpu:  ## on a GPU: install without dependencies, GPU tests, demo, the production benchmark
 	mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu 2>&1 | tee $(OUT)/pytest.log
+	$(PYTHON) -m pytest -m gpu -n 8 2>&1 | tee $(OUT)/pytest.log
 	$(PYTHON) -m kvfold.bench.cli demo 2>&1 | tee $(OUT)/demo.log
 	$(PYTHON) -m kvfold.bench --baseline --json $(OUT)/h200.json --plot $(OUT)/h200.png
 

@@ -1,6 +1,6 @@
 """Inputs of paged_kv_compress: one step of decoding, made to order."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -199,3 +199,12 @@ def make(
             output_size=DTYPES[output_dtype].itemsize,
         ),
     )
+
+
+METADATA = ("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs")
+
+
+def sharing_metadata(case: Case, other: Case) -> Case:
+    """The case with the lengths and block tables of another of the same problem, as one step's
+    calls for a model's layers share them."""
+    return replace(case, **{name: getattr(other, name) for name in METADATA})

@@ -168,12 +168,16 @@ def _measure_point(
     kernels = list(_kernels(plan, point, device))
     for kernel in kernels:
         _verified(kernel.call, point, kernel.symbol, case)
-    states = [cases.make(**case)]
+    first = cases.make(**case)
+    states = [first]
     if not plan.warm_l2:
-        count = timing.states_for(states[0].bytes, states[0].allocated, device)
-        states += [cases.make(**case | {"seed": seed}) for seed in range(1, count)]
+        count = timing.states_for(first.bytes, first.allocated, device)
+        states += [
+            cases.sharing_metadata(cases.make(**case | {"seed": seed}), first)
+            for seed in range(1, count)
+        ]
     arguments = [state.args() for state in states]
-    moved = states[0].bytes
+    moved = first.bytes
     # Not cold where memory or the most calls in a graph allow too few states.
     cold = not plan.warm_l2 and len(states) * moved > timing.l2_size(device)
     for kernel in kernels:

@@ -213,16 +213,23 @@ class _LaunchBuffer(threading.local):
     """A thread's own parameter block: the driver copies it while it launches."""
 
     capacity = 4096  # bytes, the most a kernel's parameters can be
+    has_context = False
 
     def __init__(self) -> None:
-        from cupy_backends.cuda.api import driver, runtime
-
         self.params = ctypes.create_string_buffer(self.capacity)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.address = ctypes.addressof(self._pointers)
-        # torch does not bind a context to a thread that has only launched nothing yet.
+
+    def bind(self, context: int) -> None:
+        """Makes a context current in a thread that has none yet: torch binds one only in time."""
+        from cupy_backends.cuda.api import driver
+
         if not driver.ctxGetCurrent():
-            runtime.setDevice(torch.cuda.current_device())
+            driver.ctxSetCurrent(context)
+        self.has_context = True
+
+
+_buffer = _LaunchBuffer()
 
 
 class Kernel:
@@ -230,14 +237,15 @@ class Kernel:
 
     def __init__(self, variant: Variant, cubin: bytes, symbol: str | None = None) -> None:
         """Loads on torch's current device; symbol: the kernel's name, if not the variant's."""
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver, runtime
 
+        if not driver.ctxGetCurrent():
+            runtime.setDevice(torch.cuda.current_device())
         self.variant = variant
+        self._context = driver.ctxGetCurrent()
         self._threads = variant.threads
         self._shared_bytes = variant.shared_bytes
         self._driver_launch = driver.launchKernel
-        self._buffer = _launch_buffer()
-        self._buffer.address  # noqa: B018  binds this thread's context
         self._module = driver.moduleLoadData(cubin)
         self._function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
         if self._shared_bytes > 48 << 10:
@@ -249,17 +257,14 @@ class Kernel:
 
     def launch(self, ctas: int, stream: int, pack, *params) -> None:
         """Launches `ctas` CTAs on a raw stream; `pack` is the parameters' Struct.pack_into."""
-        buffer = self._buffer
+        buffer = _buffer
+        if not buffer.has_context:
+            buffer.bind(self._context)
         pack(buffer.params, 0, *params)
         self._driver_launch(
             self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream,
             buffer.address, 0,
         )  # fmt: skip
-
-
-@functools.cache
-def _launch_buffer() -> _LaunchBuffer:
-    return _LaunchBuffer()
 
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}

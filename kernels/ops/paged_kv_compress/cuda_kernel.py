@@ -9,8 +9,10 @@ import torch
 
 from kvfold.nvrtc import Kernel
 
-# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 9 integers.
-_pack = struct.Struct("10Q9q6iI2i").pack_into
+# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 10 integers.
+_pack = struct.Struct("10Q9q6iI3i").pack_into
+
+STORE_BY_TOKEN = 1 << 15  # threads: more of them no longer make the store quicker
 
 
 @functools.cache
@@ -44,10 +46,14 @@ def launch(
     batch, max_pages = block_table_kv.shape
     kv_page, kv_slot, _ = paged_kv.stride()
     score_page, score_slot, _ = paged_score.stride()
-    row_vectors = state_dim // variant.vector
+    # A storing thread has one vector of all of a request's new rows; in a small batch, of one.
+    store_items = batch * state_dim // variant.vector
+    store_by_token = store_items * next_n <= STORE_BY_TOKEN
+    if store_by_token:
+        store_items *= next_n
     multiplier, shift = divider(page_size)
     kernel.launch(
-        batch * variant.slices + -(-batch * row_vectors // variant.threads),
+        batch * variant.slices + -(-store_items // variant.threads),
         torch._C._cuda_getCurrentRawStream(kv_score.get_device()),
         _pack,
         kv_score.data_ptr(),
@@ -78,4 +84,5 @@ def launch(
         multiplier,
         shift,
         output.element_size() == 2,
+        store_by_token,
     )

@@ -33,6 +33,7 @@ struct Params {
   uint32 page_multiplier;  // position / page_size == position * page_multiplier >> page_shift
   int page_shift;
   int output_is_bf16;
+  int store_by_token;  // the storing CTAs deal out tokens, not requests
 };
 
 struct Request {
@@ -243,13 +244,20 @@ struct Compressor {
     round_columns(exact_score, score);
   }
 
-  // Thread `item` of all the storing CTAs: one vector of each of a request's new rows.
+  // Thread `item` of all the storing CTAs: one vector of each of a request's new rows, or where a
+  // small batch leaves the GPU idle anyway, of just one of them.
   __device__ __forceinline__ void store_new_rows(int64 item) {
     const int state_column = int(item % row_vecs) * vector;
-    const int64 index = item / row_vecs;
+    const int64 share = item / row_vecs;
+    const int64 index = p.store_by_token ? share / C::next_n : share;
     if (index >= p.batch || !load_request<C>(p, int(index), request)) return;
-    for (int first = 0; first < request.new_tokens; first += store_rows) {
-      const int count = request.new_tokens - first;
+    int begin = 0, end = request.new_tokens;
+    if (p.store_by_token) {
+      begin = int(share % C::next_n);
+      end = min_of(end, begin + 1);
+    }
+    for (int first = begin; first < end; first += store_rows) {
+      const int count = end - first;
       NewColumns columns[store_rows];
 #pragma unroll
       for (int i = 0; i < store_rows; ++i)
