@@ -78,11 +78,12 @@ def measure(device: torch.device) -> Limit:
         for _ in range(BUFFERS)
     ]
     read = timing.replay([lambda words=words: kernels.read(words) for words in buffers])
-    pairs = list(zip(buffers, buffers[1:] + buffers[:1], strict=True))
+    quarters = [list(words.chunk(4)) for words in buffers]
+    pairs = list(zip(*quarters, strict=True))
     copy = timing.replay([lambda a=a, b=b: b.copy_(a) for a, b in pairs])
     empty = timing.replay([kernels.empty] * NODES)
     return Limit(
         read_bandwidth_gbs=BUFFER_BYTES / (1000 * read.median_us),
-        copy_bandwidth_gbs=2 * BUFFER_BYTES / (1000 * copy.median_us),
+        copy_bandwidth_gbs=2 * BUFFER_BYTES / 4 / (1000 * copy.median_us),
         empty_node_us=empty.median_us,
     )

@@ -46,10 +46,10 @@ struct RowByRow : paged_kv_compress::Compressor<C> {
     for (int v = 0; v < Base::vector; ++v) result[v] = any_present ? weighted[v] / sum[v] : 0.0f;
   }
 
-  __device__ __forceinline__ void reduce_windows() {
+  __device__ __forceinline__ void reduce_windows(int cta) {
     auto& request = this->request;
-    const int index = int(blockIdx.x / Base::slices);
-    if (!paged_kv_compress::load_request<C>(this->p, index, request)) return;
+    this->slice_start = cta % Base::slices * C::head_slice;
+    if (!paged_kv_compress::load_request<C>(this->p, cta / Base::slices, request)) return;
     for (int i = 0; i < request.windows; ++i) {
       float result[Base::vector];
       reduce_window(request.first_window + i, result);
@@ -67,10 +67,11 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
   static_assert(CONFIG::threads == 32 && CONFIG::reduce_warps == 1);
   extern __shared__ uint4 shared[];
   RowByRow<CONFIG> kernel(params, shared);
-  const int reducing = params.batch * RowByRow<CONFIG>::slices;
-  if (int(blockIdx.x) < reducing) {
-    kernel.reduce_windows();
+  const int storing = int(gridDim.x) - params.batch * RowByRow<CONFIG>::slices;
+  const int cta = int(blockIdx.x) - storing;
+  if (cta >= 0) {
+    kernel.reduce_windows(cta);
   } else {
-    kernel.store_new_rows(int64(int(blockIdx.x) - reducing) * CONFIG::threads + threadIdx.x);
+    kernel.store_new_rows(int64(blockIdx.x) * CONFIG::threads + threadIdx.x);
   }
 }

@@ -224,7 +224,7 @@ def overridden(variant: Variant, override: dict[str, int | str], arch: str) -> V
         TableError: it cannot run.
     """
     try:
-        other = replace(variant, **override)
+        other = replace(variant, **{"min_ctas": 1} | override)  # its registers are not known
         other.check_shared(arch)
     except TableError as error:
         raise TableError(f"override of {variant.symbol}: {error}") from None

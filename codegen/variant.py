@@ -16,6 +16,7 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4}
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32)
 POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
 MAX_THREADS = 1024
+SM_THREADS = 1536  # that every arch has
 # KiB of shared memory a CTA may ask for. Archs not listed are taken to have as little as the least.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
 SHARED_KIB_ELSEWHERE = 99  # of sm_86, sm_89, sm_120, sm_121
@@ -77,9 +78,13 @@ def _problem(legal: Sequence, default: Callable[[Mapping], Any] | None = None) -
     return field(metadata={"kind": "problem", "legal": legal, "default": default})
 
 
-def _tuning(legal: Sequence) -> Any:
-    """A field that says how."""
-    return field(metadata={"kind": "tuning", "legal": legal, "default": None})
+def _tuning(legal: Sequence, default: Any = None) -> Any:
+    """A field that says how; without a default a row must give it."""
+    worked_out = None if default is None else lambda _: default
+    metadata = {"kind": "tuning", "legal": legal, "default": worked_out}
+    return (
+        field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,7 @@ class Variant:
         backend: 'cuda' or 'triton'.
         reduce_warps: warps that share one window's rows.
         head_slice: columns per CTA.
+        min_ctas: CTAs that an SM's registers must suffice for; cuda only.
     """
 
     op: str
@@ -109,6 +115,7 @@ class Variant:
     backend: str = _tuning(("cuda", "triton"))
     reduce_warps: int = _tuning(POWERS_OF_TWO)
     head_slice: int = _tuning(POSITIVE)
+    min_ctas: int = _tuning(range(1, 33), default=1)
 
     @classmethod
     def spec(cls, kind: str | None = None) -> dict[str, Mapping]:
@@ -130,6 +137,10 @@ class Variant:
             fitting = [warps for warps in POWERS_OF_TWO if warps <= most]
             what = f"makes a CTA of {self.threads} threads, more than {MAX_THREADS}"
             self._refuse("reduce_warps", what, fitting)
+        most = SM_THREADS // self.threads if self.backend == "cuda" else 1
+        if self.min_ctas > most:
+            what = f"is more than an SM takes of {self.backend} CTAs of {self.threads} threads"
+            self._refuse("min_ctas", what, range(1, most + 1))
 
     def check_shared(self, arch: str) -> None:
         """Raises TableError if a CTA needs more shared memory than arch ('any', 'sm_90') has."""
@@ -139,7 +150,7 @@ class Variant:
             fitting = [width for width in self._slices() if self._shared_bytes(width) <= limit]
             self._refuse("head_slice", what, fitting)
 
-    def _refuse(self, name: str, what: str, legal: list[int]) -> None:
+    def _refuse(self, name: str, what: str, legal: Sequence[int]) -> None:
         raise TableError(what, field=name, value=getattr(self, name), legal=one_of(legal))
 
     def _slices(self) -> list[int]:
@@ -152,10 +163,11 @@ class Variant:
     def symbol(self) -> str:
         """Unique name, a C identifier: paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64."""
         overlap = "_overlap" if self.overlap else ""
+        ctas = f"_c{self.min_ctas}" if self.min_ctas > 1 else ""
         triton = "_triton" if self.backend == "triton" else ""
         return (
             f"{self.op}_hd{self.head_dim}_r{self.compress_ratio}{overlap}_{self.kv_dtype}"
-            f"_{self.state_dtype}_n{self.next_n}_w{self.reduce_warps}_s{self.head_slice}{triton}"
+            f"_{self.state_dtype}_n{self.next_n}_w{self.reduce_warps}_s{self.head_slice}{ctas}{triton}"
         )
 
     @property

@@ -26,6 +26,12 @@ from kvfold.codegen import Variant, instantiate
 
 log = logging.getLogger("kvfold")
 
+if torch.backends.cuda.is_built():
+    # cupy's driver bindings import all of cupy at their first call. Let that be now, not while a
+    # first kernel is waited for.
+    with contextlib.suppress(ImportError):
+        import cupy  # noqa: F401
+
 _ROOT = Path(__file__).parent
 _DIGEST_BYTES = 32
 

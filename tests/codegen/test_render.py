@@ -31,7 +31,7 @@ def dispatcher(rendered):
 
 def kernels(source: str) -> list[str]:
     """Names of the kernels that a CUDA source defines."""
-    return re.findall(r'extern "C" __global__ void __launch_bounds__\(\d+\)\n(\w+)\(', source)
+    return re.findall(r'extern "C" __global__ void __launch_bounds__\(\d+, \d+\)\n(\w+)\(', source)
 
 
 @property_test
@@ -125,7 +125,7 @@ def test_instantiation_says_what_the_variant_is(load, rows):
             "kv_t": CTYPES[variant.kv_dtype],
             "state_t": CTYPES[variant.state_dtype],
         }
-        assert f"__launch_bounds__({variant.threads})\n" in source
+        assert f"__launch_bounds__({variant.threads}, {variant.min_ctas})\n" in source
         assert source.startswith('#include "paged_kv_compress/kernel.cuh"\n')
 
 

@@ -33,6 +33,7 @@ def refused(call, *args, **kwargs) -> TableError:
 
 def test_symbol():
     assert PRODUCTION.symbol == "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64"
+    assert make(min_ctas=6).symbol == "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64_c6"
     assert make(compress_ratio=4, overlap=True, backend="triton").symbol == (
         "paged_kv_compress_hd512_r4_overlap_bf16_fp32_n4_w8_s64_triton"
     )
@@ -50,7 +51,7 @@ def test_symbols_are_unique_c_identifiers():
         "reduce_warps": (1, 2, 16),
         "head_slice": (8, 32),
     }
-    variants = [
+    variants = [make(reduce_warps=1, min_ctas=ctas) for ctas in (2, 16, 32)] + [
         make(**dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     ]
@@ -69,7 +70,12 @@ def test_key_problem_tuning():
         "state_dtype": "fp32",
         "next_n": 4,
     }
-    assert PRODUCTION.tuning == {"backend": "cuda", "reduce_warps": 8, "head_slice": 64}
+    assert PRODUCTION.tuning == {
+        "backend": "cuda",
+        "reduce_warps": 8,
+        "head_slice": 64,
+        "min_ctas": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,13 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
         ({"overlap": 1}, "overlap", "legal: false, true"),
         ({"kv_dtype": "fp16"}, "kv_dtype", 'kv_dtype = "fp16" is not accepted; legal: bf16, fp32'),
         ({"reduce_warps": 6}, "reduce_warps", "legal: 1, 2, 4, 8, 16, 32 (integer)"),
+        ({"min_ctas": 33}, "min_ctas", "min_ctas = 33 is not accepted; legal: 1, 2, ..., 32"),
+        (
+            {"min_ctas": 7},  # of 256 threads each
+            "min_ctas",
+            "is more than an SM takes of cuda CTAs of 256 threads; legal: 1, 2, 3, 4, 5, 6 (int",
+        ),
+        ({"min_ctas": 2, "backend": "triton"}, "min_ctas", "legal: 1 (integer)"),
         (
             {"head_slice": 48},
             "head_slice",

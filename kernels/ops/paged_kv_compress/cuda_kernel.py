@@ -12,7 +12,7 @@ from kvfold.nvrtc import Kernel
 # Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 10 integers.
 _pack = struct.Struct("10Q9q6iI3i").pack_into
 
-STORE_BY_TOKEN = 1 << 15  # threads: more of them no longer make the store quicker
+FEW_ITEMS = 1 << 14  # storing threads: more of them no longer make the store quicker
 
 
 @functools.cache
@@ -46,14 +46,14 @@ def launch(
     batch, max_pages = block_table_kv.shape
     kv_page, kv_slot, _ = paged_kv.stride()
     score_page, score_slot, _ = paged_score.stride()
-    # A storing thread has one vector of all of a request's new rows; in a small batch, of one.
-    store_items = batch * state_dim // variant.vector
-    store_by_token = store_items * next_n <= STORE_BY_TOKEN
-    if store_by_token:
-        store_items *= next_n
+    # A storing thread has one vector of all of a request's new rows; of few requests, of one row.
+    items = batch * state_dim // variant.vector
+    few_requests = items * next_n <= FEW_ITEMS
+    if few_requests:
+        items *= next_n
     multiplier, shift = divider(page_size)
     kernel.launch(
-        batch * variant.slices + -(-store_items // variant.threads),
+        batch * variant.slices + -(-items // variant.threads),
         torch._C._cuda_getCurrentRawStream(kv_score.get_device()),
         _pack,
         kv_score.data_ptr(),
@@ -84,5 +84,5 @@ def launch(
         multiplier,
         shift,
         output.element_size() == 2,
-        store_by_token,
+        few_requests,
     )

@@ -1,9 +1,9 @@
 // paged_kv_compress: stores the new tokens' rows in the paged state and reduces each window that
 // they close to one output row.
 //
-// The grid's first CTAs reduce: one per request and `head_slice` columns, gone at once where no
-// window closes. The last ones store, all new rows flattened over them. Neither waits for the
-// other: a reducing CTA takes the new rows from kv_score.
+// Some CTAs reduce, one per request and `head_slice` columns, gone at once where no window closes.
+// The others store, all new rows flattened over them. Neither waits for the other: a reducing CTA
+// takes the new rows from kv_score.
 //
 // The way of a reduction: load_request -> fetch_leaf, every thread its own rows and columns, all in
 // flight at once -> reduce_leaf -> the tree: in a thread, in a warp, over the warps -> write_output.
@@ -33,7 +33,7 @@ struct Params {
   uint32 page_multiplier;  // position / page_size == position * page_multiplier >> page_shift
   int page_shift;
   int output_is_bf16;
-  int store_by_token;  // the storing CTAs deal out tokens, not requests
+  int few_requests;  // see Compressor::store_new_rows and run
 };
 
 struct Request {
@@ -138,7 +138,6 @@ struct Compressor {
   float* partials;  // [3][reduce_warps][head_slice], in shared memory
 
   __device__ __forceinline__ Compressor(const Params& params, uint4* shared) : p(params) {
-    slice_start = int(blockIdx.x % slices) * C::head_slice;
     lane_column = int(threadIdx.x) % lanes * vector;
     group = int(threadIdx.x) / lanes;
     const int warp_quad = group % warp_groups * group_quads;
@@ -244,15 +243,15 @@ struct Compressor {
     round_columns(exact_score, score);
   }
 
-  // Thread `item` of all the storing CTAs: one vector of each of a request's new rows, or where a
-  // small batch leaves the GPU idle anyway, of just one of them.
+  // Thread `item` of all the storing CTAs: one vector of each of a request's new rows or, where
+  // few requests leave the GPU idle anyway, of just one of them.
   __device__ __forceinline__ void store_new_rows(int64 item) {
     const int state_column = int(item % row_vecs) * vector;
     const int64 share = item / row_vecs;
-    const int64 index = p.store_by_token ? share / C::next_n : share;
+    const int64 index = p.few_requests ? share / C::next_n : share;
     if (index >= p.batch || !load_request<C>(p, int(index), request)) return;
     int begin = 0, end = request.new_tokens;
-    if (p.store_by_token) {
+    if (p.few_requests) {
       begin = int(share % C::next_n);
       end = min_of(end, begin + 1);
     }
@@ -501,8 +500,10 @@ struct Compressor {
     }
   }
 
-  __device__ __forceinline__ void reduce_windows() {
-    if (!load_request<C>(p, int(blockIdx.x / slices), request)) return;
+  // CTA `cta` of all the reducing ones.
+  __device__ __forceinline__ void reduce_windows(int cta) {
+    slice_start = cta % slices * C::head_slice;
+    if (!load_request<C>(p, cta / slices, request)) return;
     for (int i = 0; i < request.windows; ++i) {
       Partial result[vector];
       reduce_group(request.first_window + i, result);
@@ -518,11 +519,17 @@ template <class C>
 __device__ __forceinline__ void run(const Params& params) {
   extern __shared__ uint4 shared[];
   Compressor<C> compressor(params, shared);
+  // Where not all CTAs fit on the GPU at once, those that store go first: they have the least to
+  // wait for behind the many that may find no window. Otherwise reducing takes longest.
+  const int cta = int(blockIdx.x);
   const int reducing = params.batch * Compressor<C>::slices;
-  if (int(blockIdx.x) < reducing) {
-    compressor.reduce_windows();
+  const int storing = int(gridDim.x) - reducing;
+  const int first_reducing = params.few_requests ? 0 : storing;
+  const int first_storing = params.few_requests ? reducing : 0;
+  if (uint32(cta - first_reducing) < uint32(reducing)) {
+    compressor.reduce_windows(cta - first_reducing);
   } else {
-    compressor.store_new_rows(int64(int(blockIdx.x) - reducing) * C::threads + threadIdx.x);
+    compressor.store_new_rows(int64(cta - first_storing) * C::threads + threadIdx.x);
   }
 }
 
