@@ -50,11 +50,12 @@ struct RowByRow : paged_kv_compress::Compressor<C> {
     auto& request = this->request;
     this->slice_start = cta % Base::slices * C::head_slice;
     if (!paged_kv_compress::load_request<C>(this->p, cta / Base::slices, request)) return;
+    const int2 reserved = this->output_rows();
     for (int i = 0; i < request.windows; ++i) {
       float result[Base::vector];
       reduce_window(request.first_window + i, result);
-      const int64 row = request.first_output + i;
-      if (row < 0 || row >= request.end_output) continue;
+      const int64 row = int64(reserved.x) + i;
+      if (row < 0 || row >= reserved.y) continue;
 #pragma unroll
       for (int v = 0; v < Base::vector; ++v)
         this->write_output(row, this->lane_column + v, result[v]);
@@ -72,6 +73,6 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
   if (cta >= 0) {
     kernel.reduce_windows(cta);
   } else {
-    kernel.store_new_rows(int64(blockIdx.x) * CONFIG::threads + threadIdx.x);
+    kernel.store_new_rows(blockIdx.x * CONFIG::threads + threadIdx.x);
   }
 }

@@ -36,42 +36,6 @@ struct Params {
   int few_requests;  // see Compressor::store_new_rows and run
 };
 
-struct Request {
-  int index;
-  int new_tokens;
-  int start;  // the position of its first new token
-  int64 first_token, first_output, end_output;
-  int first_window, windows;  // the windows that close in this step
-};
-
-// False for a request whose metadata is not a request's: it is skipped like one without new tokens.
-template <class C>
-__device__ __forceinline__ bool load_request(const Params& p, int index, Request& r) {
-  const int length = p.kv_lens[index];
-  const int64 begin = p.cu_seq_lens[index];
-  const int64 end = p.cu_seq_lens[index + 1];
-  r.first_output = p.cu_outputs[index];
-  r.end_output = p.cu_outputs[index + 1];
-  if (r.end_output > p.num_outputs) r.end_output = p.num_outputs;
-  const int64 new_tokens = end - begin;
-  if (begin < 0 || end > p.num_tokens || new_tokens < 0 || new_tokens > C::next_n ||
-      new_tokens > length)
-    return false;
-  r.index = index;
-  r.new_tokens = int(new_tokens);
-  r.start = length - r.new_tokens;
-  r.first_token = begin;
-  r.first_window = r.start / C::compress_ratio;
-  r.windows = length / C::compress_ratio - r.first_window;
-  return true;
-}
-
-// Where one position's row lies in the two pools; absent if either page is out of range.
-struct Place {
-  int page_kv, page_score, slot;
-  bool present;
-};
-
 __device__ constexpr int power_of_two_at_least(int n) {
   int p = 1;
   while (p < n) p *= 2;
@@ -83,6 +47,40 @@ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 __device__ constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
+
+struct Request {
+  int index;
+  int new_tokens;
+  int start;        // the position of its first new token
+  int first_token;  // its row of kv_score
+  int first_window, windows;  // the windows that close in this step
+};
+
+// False for a request whose metadata is not a request's: it is skipped like one without new tokens.
+template <class C>
+__device__ __forceinline__ bool load_request(const Params& p, int index, Request& r) {
+  const int length = p.kv_lens[index];
+  const int begin = p.cu_seq_lens[index];
+  const int end = p.cu_seq_lens[index + 1];
+  // Unsigned, the difference of two that are in order does not overflow.
+  const uint32 new_tokens = uint32(end) - uint32(begin);
+  if (begin < 0 || end < begin || end > p.num_tokens || new_tokens > C::next_n ||
+      int(new_tokens) > length)
+    return false;
+  r.index = index;
+  r.new_tokens = int(new_tokens);
+  r.start = length - r.new_tokens;
+  r.first_token = begin;
+  r.first_window = int(uint32(r.start) / C::compress_ratio);
+  r.windows = int(uint32(length) / C::compress_ratio) - r.first_window;
+  return true;
+}
+
+// Where one position's row lies in the two pools; absent if either page is out of range.
+struct Place {
+  int page_kv, page_score, slot;
+  bool present;
+};
 
 template <class C>
 struct Compressor {
@@ -138,11 +136,11 @@ struct Compressor {
   float* partials;  // [3][reduce_warps][head_slice], in shared memory
 
   __device__ __forceinline__ Compressor(const Params& params, uint4* shared) : p(params) {
-    lane_column = int(threadIdx.x) % lanes * vector;
-    group = int(threadIdx.x) / lanes;
-    const int warp_quad = group % warp_groups * group_quads;
+    lane_column = int(threadIdx.x % lanes * vector);
+    group = int(threadIdx.x / lanes);
+    const int warp_quad = int(uint32(group) % warp_groups) * group_quads;
     first_row = warp_quad < warp_quads
-                    ? (group / warp_groups * warp_quads + warp_quad) * quad_rows
+                    ? (int(uint32(group) / warp_groups) * warp_quads + warp_quad) * quad_rows
                     : window_rows;
     slots = reinterpret_cast<Columns*>(shared) + threadIdx.x;
     partials = reinterpret_cast<float*>(shared) + held_bytes / 4;
@@ -224,8 +222,8 @@ struct Compressor {
 
   __device__ __forceinline__ NewColumns load_new(int token, int state_column, bool exists) const {
     const kv_t* row = static_cast<const kv_t*>(p.kv_score) +
-                      (request.first_token + token) * p.kv_score_stride + state_column;
-    const int phase = (request.start + token) % C::compress_ratio;
+                      int64(request.first_token + token) * p.kv_score_stride + state_column;
+    const int phase = int(uint32(request.start + token) % C::compress_ratio);
     return {load<kv_t, vector>(row, exists), load<kv_t, vector>(row + state_dim, exists),
             load<float, vector>(p.ape + phase * p.ape_stride + state_column, exists)};
   }
@@ -245,16 +243,14 @@ struct Compressor {
 
   // Thread `item` of all the storing CTAs: one vector of each of a request's new rows or, where
   // few requests leave the GPU idle anyway, of just one of them.
-  __device__ __forceinline__ void store_new_rows(int64 item) {
+  __device__ __forceinline__ void store_new_rows(uint32 item) {
     const int state_column = int(item % row_vecs) * vector;
-    const int64 share = item / row_vecs;
-    const int64 index = p.few_requests ? share / C::next_n : share;
-    if (index >= p.batch || !load_request<C>(p, int(index), request)) return;
-    int begin = 0, end = request.new_tokens;
-    if (p.few_requests) {
-      begin = int(share % C::next_n);
-      end = min_of(end, begin + 1);
-    }
+    const uint32 share = item / row_vecs;
+    const uint32 index = p.few_requests ? share / C::next_n : share;
+    if (index >= uint32(p.batch)) return;
+    if (!load_request<C>(p, int(index), request)) return;
+    const int begin = p.few_requests ? int(share % C::next_n) : 0;
+    const int end = p.few_requests ? min_of(begin + 1, request.new_tokens) : request.new_tokens;
     for (int first = begin; first < end; first += store_rows) {
       const int count = end - first;
       NewColumns columns[store_rows];
@@ -477,8 +473,8 @@ struct Compressor {
       }
     } else {
       constexpr int plane = C::reduce_warps * C::head_slice;
-      if (group % warp_groups == 0) {
-        float* mine = partials + group / warp_groups * C::head_slice + lane_column;
+      if (uint32(group) % warp_groups == 0) {
+        float* mine = partials + uint32(group) / warp_groups * C::head_slice + lane_column;
 #pragma unroll
         for (int v = 0; v < vector; ++v) {
           mine[v] = result[v].max;
@@ -500,16 +496,23 @@ struct Compressor {
     }
   }
 
+  // The output rows reserved for the request, of those that there are: [x, y).
+  __device__ __forceinline__ int2 output_rows() const {
+    const int* rows = p.cu_outputs + request.index;
+    return make_int2(rows[0], min_of(rows[1], p.num_outputs));
+  }
+
   // CTA `cta` of all the reducing ones.
-  __device__ __forceinline__ void reduce_windows(int cta) {
-    slice_start = cta % slices * C::head_slice;
-    if (!load_request<C>(p, cta / slices, request)) return;
+  __device__ __forceinline__ void reduce_windows(uint32 cta) {
+    slice_start = int(cta % slices) * C::head_slice;
+    if (!load_request<C>(p, int(cta / slices), request) || !request.windows) return;
+    const int2 reserved = output_rows();
     for (int i = 0; i < request.windows; ++i) {
       Partial result[vector];
       reduce_group(request.first_window + i, result);
       reduce_warp(result);
-      const int64 row = request.first_output + i;
-      reduce_cta(result, row, row >= 0 && row < request.end_output);
+      const int64 row = int64(reserved.x) + i;
+      reduce_cta(result, row, row >= 0 && row < reserved.y);
       if (i + 1 < request.windows) __syncthreads();  // `partials` is read, and written again
     }
   }
@@ -521,15 +524,14 @@ __device__ __forceinline__ void run(const Params& params) {
   Compressor<C> compressor(params, shared);
   // Where not all CTAs fit on the GPU at once, those that store go first: they have the least to
   // wait for behind the many that may find no window. Otherwise reducing takes longest.
-  const int cta = int(blockIdx.x);
-  const int reducing = params.batch * Compressor<C>::slices;
-  const int storing = int(gridDim.x) - reducing;
-  const int first_reducing = params.few_requests ? 0 : storing;
-  const int first_storing = params.few_requests ? reducing : 0;
-  if (uint32(cta - first_reducing) < uint32(reducing)) {
-    compressor.reduce_windows(cta - first_reducing);
+  const uint32 reducing = uint32(params.batch) * Compressor<C>::slices;
+  const uint32 storing = gridDim.x - reducing;
+  const uint32 first_reducing = params.few_requests ? 0 : storing;
+  const uint32 first_storing = params.few_requests ? reducing : 0;
+  if (blockIdx.x - first_reducing < reducing) {
+    compressor.reduce_windows(blockIdx.x - first_reducing);
   } else {
-    compressor.store_new_rows(int64(cta - first_storing) * C::threads + threadIdx.x);
+    compressor.store_new_rows((blockIdx.x - first_storing) * C::threads + threadIdx.x);
   }
 }
 
