@@ -1,0 +1,64 @@
+"""The README says what is so: its example runs, its row is a row, its figures are the results'."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvfold.codegen import load_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)[1]
+
+
+def test_the_example_runs():
+    torch.manual_seed(0)
+    namespace = {}
+    exec(block("python"), namespace)
+    assert namespace["output"].isfinite().all()
+    assert namespace["output"].norm() > 0
+
+
+def test_the_row_to_add_is_what_the_listing_shows(tmp_path):
+    added = "\n".join(line[1:] for line in block("diff").splitlines() if line.startswith("+"))
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"version: 1\npaged_kv_compress:\n{added}\n")
+    table = load_table(file)
+    listing = re.search(r"```\nmine.yaml: 1 rows, (\d+) variants .*fingerprint (\w+)\n", README)
+    assert len(table.variants) == int(listing[1])
+    assert table.fingerprint == listing[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "scenario", "chosen", "value"),
+    [
+        ("all-hit: the limit", "all-hit", "table", lambda row: f"{row['limit_us']:.1f}"),
+        ("all-hit: kvfold", "all-hit", "table", None),
+        (
+            "the same, efficiency",
+            "all-hit",
+            "table",
+            lambda row: f"{100 * row['efficiency']:.0f} %",
+        ),
+        ("all-hit: `reduce_warps=1`", "all-hit", "_w1_", None),
+        ("all-hit: one warp, row by row", "all-hit", "row_by_row", None),
+        ("spread: kvfold", "spread", "table", None),
+        ("no-hit: kvfold", "no-hit", "table", None),
+    ],
+)
+def test_the_figures_are_the_results(line, scenario, chosen, value):
+    rows = json.loads((ROOT / "bench/results/h200.json").read_text())["rows"]
+    wanted = [
+        (value or (lambda row: f"{row['median_us']:.1f}"))(row)
+        for row in rows
+        if row["scenario"] == scenario
+        and ((row["host_us"] is not None) if chosen == "table" else chosen in row["variant"])
+    ]
+    assert len(wanted) == 6
+    assert f"| {line} | {' | '.join(wanted)} |" in README
