@@ -77,6 +77,8 @@ class Plan:
         ):
             for value in values:
                 check_value(name, value, legal)
+        for name, value in self.override.items():
+            check_value(name, value, Variant.spec("tuning")[name]["legal"])
 
     @property
     def key(self) -> tuple:

@@ -116,8 +116,8 @@ def explanation(
         ),
         (
             "launch",
-            f"{batch * variant.slices} CTAs = {batch} requests x {variant.slices} slices of"
-            f" {variant.head_slice} columns; {variant.threads} threads each, {share} a window's"
+            f"{batch * variant.slices} reducing CTAs = {batch} requests x {variant.slices} slices"
+            f" of {variant.head_slice} columns; {variant.threads} threads each, {share} a window's"
             " rows",
         ),
         ("shared memory", f"{variant.shared_bytes} bytes per CTA"),

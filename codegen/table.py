@@ -16,7 +16,7 @@ import yaml
 
 from .variant import OPS, POSITIVE, Bucket, TableError, Variant, check_arch, check_value, one_of
 
-SHIPPED = Path(__file__).parent / "configs.yaml"
+SHIPPED = (Path(__file__).parent / "configs.yaml").resolve()  # a link in the checkout
 VERSIONS = (1,)
 BATCH_FIELDS = ("min_batch", "max_batch")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is faster

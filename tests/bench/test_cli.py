@@ -147,7 +147,7 @@ def test_explain_says_which_row_serves_and_who_its_neighbours_are(small):
     text = kvfold_command("table", "explain", *words).stdout
     assert re.search(r"variant +paged_kv_compress_hd64_r128_bf16_fp32_n2_w1_s64", text)
     assert "row 2 (line 5)" in text and "serves batch sizes 1-8" in text
-    assert "8 CTAs = 8 requests x 1 slices of 64 columns; 32 threads each" in text
+    assert "8 reducing CTAs = 8 requests x 1 slices of 64 columns; 32 threads each" in text
     assert re.search(r"-> +1-8 .*_w1_s64 .*\n +9\+ .*_w4_s64", text)
 
 

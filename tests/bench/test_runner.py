@@ -45,6 +45,7 @@ PRODUCTION = {
         ({}, {"scenarios": ("some",)}, 'scenario = "some" .*all-hit, spread, no-hit'),
         ({}, {"layout": "woven"}, 'layout = "woven" .*split, packed'),
         ({}, {"override": {"warps": 1}}, 'override = "warps" .*reduce_warps'),
+        ({}, {"override": {"reduce_warps": 3}}, "reduce_warps = 3 .*1, 2, 4, 8"),
     ],
 )
 def test_a_plan_refuses_what_it_cannot_measure(problem, other, names):
