@@ -12,13 +12,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Case:
-    """The op's arguments, in its order, and what the call does with them.
-
-    Attributes:
-        emitted: output rows the call writes.
-        bytes: what it must move, as `must_move` counts.
-    """
+class Arguments:
+    """The op's arguments, in its order."""
 
     kv_score: Tensor
     ape: Tensor
@@ -32,12 +27,23 @@ class Case:
     cu_outputs: Tensor
     compress_ratio: int
     next_n: int
-    emitted: int
-    bytes: int
 
     def args(self) -> tuple:
         """What `paged_kv_compress(*args)` takes."""
-        return tuple(getattr(self, field.name) for field in fields(self)[:12])
+        return tuple(getattr(self, field.name) for field in fields(Arguments))
+
+
+@dataclass(frozen=True)
+class Case(Arguments):
+    """The arguments of one call and what it does with them.
+
+    Attributes:
+        emitted: output rows the call writes.
+        bytes: what it must move, as `must_move` counts.
+    """
+
+    emitted: int
+    bytes: int
 
     @property
     def allocated(self) -> int:

@@ -120,9 +120,8 @@ class Requests:
     def __init__(self, slots: int, rng: np.random.Generator):
         self.rng = rng
         self.length = np.zeros(slots, np.int64)  # tokens accepted so far
-        self.target = np.zeros(
-            slots, np.int64
-        )  # length at which the request is done; 0: no request
+        # The length at which a request is done; 0: no request.
+        self.target = np.zeros(slots, np.int64)
         self.served = 0
 
     def arrive(self) -> list[int]:

@@ -13,7 +13,7 @@ from kvfold.bench import cases, limit, report, row_by_row, timing
 from kvfold.bench.report import Report, Row
 from kvfold.bench.verify import WrongResult, verify
 from kvfold.codegen import TableError, Variant
-from kvfold.codegen.variant import POSITIVE, check_value
+from kvfold.codegen.variant import POSITIVE, check_value, with_defaults
 from kvfold.ops.paged_kv_compress.op import OP, run_variant
 
 BATCHES = (1, 16, 64, 128, 256, 512)
@@ -60,11 +60,7 @@ class Plan:
 
     def __post_init__(self):
         spec = Variant.spec("problem")
-        given = self.problem
-        problem = {
-            name: given[name] if name in given else meta["default"](given)
-            for name, meta in spec.items()
-        }
+        problem = with_defaults(self.problem, spec)
         for name, value in problem.items():
             check_value(name, value, spec[name]["legal"])
         object.__setattr__(self, "problem", problem)

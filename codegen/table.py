@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,16 @@ from typing import Any
 
 import yaml
 
-from .variant import OPS, POSITIVE, Bucket, TableError, Variant, check_arch, check_value, one_of
+from .variant import (
+    OPS,
+    POSITIVE,
+    Bucket,
+    TableError,
+    Variant,
+    check_arch,
+    check_value,
+    with_defaults,
+)
 
 SHIPPED = (Path(__file__).parent / "configs.yaml").resolve()  # a link in the checkout
 VERSIONS = (1,)
@@ -80,7 +89,7 @@ class Table:
         with _naming(file=self.path):
             spec = _op(op).spec("problem")
             _check_names(problem, spec, f"problem field of {op}")
-            problem = _with_defaults(problem, spec)
+            problem = with_defaults(problem, spec)
             for name, value in problem.items():
                 check_value(name, value, spec[name]["legal"])
             check_value("backend", backend, OPS[op].spec()["backend"]["legal"])
@@ -162,7 +171,7 @@ def _expand(op: str, node: yaml.Node, number: int, line: int) -> Iterator[Bucket
     for values in itertools.product(*row.values()):
         one = dict(zip(row, values, strict=True))
         arch = {"arch": one.pop("arch")} if "arch" in one else {}
-        variant = OPS[op](op=op, **_with_defaults(one, spec))
+        variant = OPS[op](op=op, **with_defaults(one, spec))
         yield Bucket(variant=variant, **batches, **arch, row=number, line=line)
 
 
@@ -218,17 +227,6 @@ def _check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f", did you mean {near[0]}?" if near else ""
             raise TableError(f"is no {what}{hint}", field=name, legal=", ".join(known))
-
-
-def _with_defaults(given: dict[str, Any], spec: dict[str, Mapping]) -> dict[str, Any]:
-    """The fields in spec's order, defaults filled in; raises TableError if one is missing."""
-    for name, meta in spec.items():
-        if name not in given and not meta["default"]:
-            raise TableError("is missing", field=name, legal=one_of(meta["legal"]))
-    return {
-        name: given[name] if name in given else meta["default"](given)
-        for name, meta in spec.items()
-    }
 
 
 def _batch_order(bucket: Bucket) -> tuple:

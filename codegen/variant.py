@@ -66,6 +66,17 @@ def check_value(name: str, value: Any, legal: Sequence) -> None:
         raise TableError("is not accepted", field=name, value=value, legal=one_of(legal))
 
 
+def with_defaults(given: dict[str, Any], spec: dict[str, Mapping]) -> dict[str, Any]:
+    """The fields in spec's order, defaults filled in; raises TableError if one is missing."""
+    for name, meta in spec.items():
+        if name not in given and not meta["default"]:
+            raise TableError("is missing", field=name, legal=one_of(meta["legal"]))
+    return {
+        name: given[name] if name in given else meta["default"](given)
+        for name, meta in spec.items()
+    }
+
+
 def check_arch(arch: Any) -> None:
     """Raises TableError unless arch is 'any' or a name such as 'sm_90' or 'sm_90a'."""
     if not (isinstance(arch, str) and re.fullmatch("any|sm_[0-9]+[a-z]?", arch)):
@@ -80,10 +91,10 @@ def _problem(legal: Sequence, default: Callable[[Mapping], Any] | None = None) -
 
 def _tuning(legal: Sequence, default: Any = None) -> Any:
     """A field that says how; without a default a row must give it."""
-    worked_out = None if default is None else lambda _: default
-    metadata = {"kind": "tuning", "legal": legal, "default": worked_out}
-    return (
-        field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+    if default is None:
+        return field(metadata={"kind": "tuning", "legal": legal, "default": None})
+    return field(
+        default=default, metadata={"kind": "tuning", "legal": legal, "default": lambda _: default}
     )
 
 

@@ -50,7 +50,6 @@ class Compiled:
     registers: int
     spill_bytes: int
     seconds: float
-    log: str
 
 
 @functools.cache
@@ -139,7 +138,6 @@ def compile_source(symbol: str, source: str, headers: dict[str, bytes], arch: st
         registers=int(registers[1]) if registers else 0,
         spill_bytes=max(map(int, spills), default=0),
         seconds=time.perf_counter() - began,
-        log=text,
     )
 
 

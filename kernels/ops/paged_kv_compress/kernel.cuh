@@ -6,7 +6,7 @@
 // takes the new rows from kv_score.
 //
 // The way of a reduction: load_request -> fetch_leaf, every thread its own rows and columns, all in
-// flight at once -> reduce_leaf -> the tree: in a thread, in a warp, over the warps -> write_output.
+// flight at once -> reduce_leaf -> the tree, in a thread, in a warp, over the warps -> write_output
 #pragma once
 #include "common.cuh"
 
@@ -465,11 +465,13 @@ struct Compressor {
   }
 
   // The top of the tree, over the warps that share the window, and the output row.
-  __device__ __forceinline__ void reduce_cta(const Partial (&result)[vector], int64 output_row, bool writes) {
+  __device__ __forceinline__ void reduce_cta(const Partial (&result)[vector], int64 output_row,
+                                             bool writes) {
     if constexpr (C::reduce_warps == 1) {
       if (writes && group == 0) {
 #pragma unroll
-        for (int v = 0; v < vector; ++v) write_output(output_row, lane_column + v, finish(result[v]));
+        for (int v = 0; v < vector; ++v)
+          write_output(output_row, lane_column + v, finish(result[v]));
       }
     } else {
       constexpr int plane = C::reduce_warps * C::head_slice;

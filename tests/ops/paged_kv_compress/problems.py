@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from kvfold.bench.cases import DTYPES, Arguments
+
 MUTATED = ("paged_kv", "paged_score", "output")
 LAYOUTS = ("split", "packed", "strided")
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 GUARD = 32  # elements before and after a tensor in its storage: whole 16 bytes
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of one call, in order."""
-
-    kv_score: Tensor
-    ape: Tensor
-    paged_kv: Tensor
-    paged_score: Tensor
-    block_table_kv: Tensor
-    block_table_score: Tensor
-    output: Tensor
-    kv_lens: Tensor
-    cu_seq_lens: Tensor
-    cu_outputs: Tensor
-    compress_ratio: int
-    next_n: int
-
-    def args(self) -> tuple:
-        """The op's arguments."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+class Problem(Arguments):
+    """The arguments of one call."""
 
     @property
     def key(self) -> dict:
@@ -64,6 +47,18 @@ class Problem:
             return like.set_(new, x.storage_offset(), x.size(), x.stride())
 
         return Problem(*(copy(x) if isinstance(x, Tensor) else x for x in self.args()))
+
+    def alone(self, request: int) -> Problem:
+        """The same call for one request only, on the same pools and tokens."""
+        one, ends = slice(request, request + 1), slice(request, request + 2)
+        return replace(
+            self,
+            block_table_kv=self.block_table_kv[one],
+            block_table_score=self.block_table_score[one],
+            kv_lens=self.kv_lens[one],
+            cu_seq_lens=self.cu_seq_lens[ends],
+            cu_outputs=self.cu_outputs[ends],
+        )
 
     def outside(self) -> list[Tensor]:
         """The bytes of every storage, those that the op may write zeroed: guards, gaps, inputs."""

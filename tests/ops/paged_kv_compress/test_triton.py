@@ -92,15 +92,7 @@ def test_same_bits_whatever_the_neighbours_and_the_pages():
     together = compress(problem)
     assert_same_bits(compress(problem), together)
     for b in range(len(spans)):
-        alone = replace(
-            problem,
-            block_table_kv=problem.block_table_kv[b : b + 1],
-            block_table_score=problem.block_table_score[b : b + 1],
-            kv_lens=problem.kv_lens[b : b + 1],
-            cu_seq_lens=problem.cu_seq_lens[b : b + 2],
-            cu_outputs=problem.cu_outputs[b : b + 2],
-        )
-        assert_same_bits(compress(alone)[b], together[b])
+        assert_same_bits(compress(problem.alone(b))[b], together[b])
     pages = torch.randperm(problem.paged_kv.size(0), generator=torch.Generator().manual_seed(0))
     pages = pages.to(DEVICE)
     moved = replace(
