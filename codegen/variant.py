@@ -17,6 +17,8 @@ POWERS_OF_TWO = (1, 2, 4, 8, 16, 32)
 POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
 MAX_THREADS = 1024
 SM_THREADS = 1536  # that every arch has
+LEAF_QUADS = 4  # a leaf of the reduction tree: so many times four rows
+LISTED = 480  # so that six CTAs of 128 threads fit in an H200's SM
 # KiB of shared memory a CTA may ask for. Archs not listed are taken to have as little as the least.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
 SHARED_KIB_ELSEWHERE = 99  # of sm_86, sm_89, sm_120, sm_121
@@ -111,9 +113,12 @@ class Variant:
         state_dtype: of the paged state, likewise.
         next_n: most new tokens per request and step.
         backend: 'cuda' or 'triton'.
+        schedule: which CTAs do what; cuda only. 'direct': one per request and slice reduces, others
+            store. 'persistent': as many as the GPU holds share all work.
         reduce_warps: warps that share one window's rows.
         head_slice: columns per CTA.
-        min_ctas: CTAs that an SM's registers must suffice for; cuda only.
+        min_ctas: CTAs that an SM's registers must suffice for; cuda only. Persistent: and as many
+            per SM are launched.
     """
 
     op: str
@@ -124,6 +129,7 @@ class Variant:
     state_dtype: str = _problem(tuple(ITEM_BYTES))
     next_n: int = _problem(range(1, 17))
     backend: str = _tuning(("cuda", "triton"))
+    schedule: str = _tuning(("direct", "persistent"), default="direct")
     reduce_warps: int = _tuning(POWERS_OF_TWO)
     head_slice: int = _tuning(POSITIVE)
     min_ctas: int = _tuning(range(1, 33), default=1)
@@ -148,6 +154,12 @@ class Variant:
             fitting = [warps for warps in POWERS_OF_TWO if warps <= most]
             what = f"makes a CTA of {self.threads} threads, more than {MAX_THREADS}"
             self._refuse("reduce_warps", what, fitting)
+        if self.schedule == "persistent" and self.backend != "cuda":
+            self._refuse("schedule", f"is no schedule of {self.backend}", ("direct",))
+        if self.schedule == "persistent" and self._group_quads() > LEAF_QUADS:
+            what = f"gives a thread more than {4 * LEAF_QUADS} rows, which is what it fetches ahead"
+            enough = self.reduce_warps * self._group_quads() // LEAF_QUADS
+            self._refuse("reduce_warps", what, [w for w in POWERS_OF_TWO if w >= enough])
         most = SM_THREADS // self.threads if self.backend == "cuda" else 1
         if self.min_ctas > most:
             what = f"is more than an SM takes of {self.backend} CTAs of {self.threads} threads"
@@ -161,7 +173,7 @@ class Variant:
             fitting = [width for width in self._slices() if self._shared_bytes(width) <= limit]
             self._refuse("head_slice", what, fitting)
 
-    def _refuse(self, name: str, what: str, legal: Sequence[int]) -> None:
+    def _refuse(self, name: str, what: str, legal: Sequence) -> None:
         raise TableError(what, field=name, value=getattr(self, name), legal=one_of(legal))
 
     def _slices(self) -> list[int]:
@@ -175,10 +187,12 @@ class Variant:
         """Unique name, a C identifier: paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64."""
         overlap = "_overlap" if self.overlap else ""
         ctas = f"_c{self.min_ctas}" if self.min_ctas > 1 else ""
+        schedule = f"_{self.schedule}" if self.schedule != "direct" else ""
         triton = "_triton" if self.backend == "triton" else ""
         return (
             f"{self.op}_hd{self.head_dim}_r{self.compress_ratio}{overlap}_{self.kv_dtype}"
-            f"_{self.state_dtype}_n{self.next_n}_w{self.reduce_warps}_s{self.head_slice}{ctas}{triton}"
+            f"_{self.state_dtype}_n{self.next_n}_w{self.reduce_warps}_s{self.head_slice}{ctas}"
+            f"{schedule}{triton}"
         )
 
     @property
@@ -215,27 +229,39 @@ class Variant:
         return 32 * self.reduce_warps * warps_across
 
     @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CUDA CTA: the rows it holds, then each warp's partial.
+    def listed(self) -> int:
+        """Requests that a persistent CTA looks through at once for those that close a window."""
+        return min(LISTED, 4 * self.threads)
 
-        kernel.cuh says how a window's rows are dealt out, and asserts that this is what it takes.
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CUDA CTA: rows, new rows, each warp's partial, the list.
+
+        window.cuh says how a window's rows are dealt out; the kernels assert that this is right.
         """
         return self._shared_bytes(self.head_slice)
 
     def _shared_bytes(self, head_slice: int) -> int:
         if self.backend == "triton":
             return 0
+        persistent = self.schedule == "persistent"
         lanes = head_slice // self.vector
-        warp_groups = max(1, 32 // lanes)
+        threads = self.reduce_warps * max(1, 32 // lanes) * lanes
+        held_quads = min(self._group_quads(head_slice), LEAF_QUADS)
+        partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
+        held = threads * 4 * held_quads * 2 * 16
+        if not persistent:
+            return partials + (held if held_quads > 1 else 0)  # one quad stays in registers
+        new = self.next_n * head_slice * (2 * ITEM_BYTES[self.kv_dtype] + 4)
+        return held + new + 2 * partials + 2 * self.listed + self.listed // 8
+
+    def _group_quads(self, head_slice: int | None = None) -> int:
+        """Quads of a window's rows that fall to one thread."""
+        head_slice = head_slice or self.head_slice
         window_rows = self.compress_ratio * (2 if self.overlap else 1)
         quads = 1 << (-(-window_rows // 4) - 1).bit_length()
-        warp_quads = max(min(quads, 4), quads // self.reduce_warps)
-        group_quads = max(1, warp_quads // warp_groups)
-        threads = self.reduce_warps * warp_groups * lanes
-        partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
-        held_quads = min(group_quads, 4)  # a thread holds one in registers, more in shared memory
-        held = threads * 4 * held_quads * 2 * 16 if held_quads > 1 else 0
-        return held + partials
+        warp_quads = max(min(quads, LEAF_QUADS), quads // self.reduce_warps)
+        return max(1, warp_quads // max(1, 32 * self.vector // head_slice))
 
 
 # The sections a table may have. An op with other fields brings a class of its own.

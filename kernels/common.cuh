@@ -21,7 +21,7 @@ template <class T, int N>
 struct Vec {
   static constexpr int words = N * int(sizeof(T)) / 4;
   static_assert(words == 2 || words % 4 == 0, "a vector is 8 bytes or a multiple of 16");
-  uint32 word[words];
+  alignas(words == 2 ? 8 : 16) uint32 word[words];
 };
 
 template <int N>
@@ -66,6 +66,7 @@ __device__ __forceinline__ Vec<T, N> every_column(float x) {
 
 // Streams a vector in, or gives zeros without touching memory if `present` is false. The asm is
 // volatile to keep loads in program order: all of a leaf's loads are issued before the first wait.
+// No .nc: what is read may have been written by a kernel that ended after this one began.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> load(const T* address, bool present) {
   Vec<T, N> v;
@@ -76,14 +77,14 @@ __device__ __forceinline__ Vec<T, N> load(const T* address, bool present) {
     if constexpr (Vec<T, N>::words == 2) {
       asm volatile(
           "{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;\n"
-          "  @p ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
+          "  @p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
           : "=&r"(w[0]), "=&r"(w[1])
           : "l"(at), "r"(int(present)));
     } else {
       asm volatile(
           "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
           "  mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-          "  @p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+          "  @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
           : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
           : "l"(at), "r"(int(present)));
     }
@@ -95,7 +96,7 @@ __device__ __forceinline__ int load_int(const int* address, bool present, int ot
   int x;
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, %3;\n"
-      "  @p ld.global.nc.b32 %0, [%1]; }"
+      "  @p ld.global.b32 %0, [%1]; }"
       : "=&r"(x)
       : "l"(address), "r"(int(present)), "r"(otherwise));
   return x;
@@ -115,16 +116,47 @@ __device__ __forceinline__ void store(T* address, const Vec<T, N>& v) {
   }
 }
 
-// Copies 16 bytes to shared memory while the thread goes on; wait_for_copies() ends the wait.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   uint32(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+// What an instruction on shared memory takes for an address. Sums of these are folded into it, sums
+// of pointers are not.
+__device__ __forceinline__ uint32 shared_address(const void* shared) {
+  return uint32(__cvta_generic_to_shared(shared));
+}
+
+// Copies 8, 16 or 32 bytes to shared memory while the thread goes on; wait_for_copies() ends the
+// wait.
+template <int bytes>
+__device__ __forceinline__ void copy_async(uint32 shared, const void* global) {
+  if constexpr (bytes == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < bytes; i += 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + i),
+                   "l"(static_cast<const char*>(global) + i)
+                   : "memory");
+  }
 }
 
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// ---- The kernels before and after on the stream -------------------------------------------------
+//
+// With programmatic dependent launch a kernel may begin while the one before it still runs: what
+// that one writes may be read, and what it reads be written, only after wait_for_predecessor().
+
+// Lets the next kernel begin, if it was launched so, once all CTAs of this one have come here.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- The reduction tree -------------------------------------------------------------------------

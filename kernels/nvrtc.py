@@ -14,9 +14,11 @@ import importlib.metadata
 import logging
 import os
 import re
+import struct
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,16 +215,35 @@ def cubin_for(variant: Variant, arch: str) -> bytes:
 # ---- Loading and launching -----------------------------------------------------------------------
 
 
+# CUlaunchConfig: grid, block, shared bytes, stream, attributes, their count.
+_CONFIG = "7IQQI"
+_CONFIG_BYTES = 56
+
+# CUlaunchAttribute: the kernel may begin while the one before it on the stream still runs. Those of
+# kvfold wait for its end themselves (griddepcontrol), where and as far as they need to.
+_OVERLAPPED = ctypes.create_string_buffer(struct.pack("IIi60x", 6, 0, 1))
+
+
+def packer(params: str) -> Callable[..., None]:
+    """What `Kernel.launch` packs with; params: the format of the parameter struct."""
+    return struct.Struct(_CONFIG + params).pack_into
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
 class _LaunchBuffer(threading.local):
-    """A thread's own parameter block: the driver copies it while it launches."""
+    """A thread's own launch: CUlaunchConfig, then the parameters. The driver copies both."""
 
     capacity = 4096  # bytes, the most a kernel's parameters can be
     has_context = False
 
     def __init__(self) -> None:
-        self.params = ctypes.create_string_buffer(self.capacity)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
-        self.address = ctypes.addressof(self._pointers)
+        self.packed = ctypes.create_string_buffer(_CONFIG_BYTES + self.capacity)
+        self.config = ctypes.c_void_p(ctypes.addressof(self.packed))
+        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.packed) + _CONFIG_BYTES)
 
     def bind(self, context: int) -> None:
         """Makes a context current in a thread that has none yet: torch binds one only in time."""
@@ -249,26 +270,32 @@ class Kernel:
         self._context = driver.ctxGetCurrent()
         self._threads = variant.threads
         self._shared_bytes = variant.shared_bytes
-        self._driver_launch = driver.launchKernel
+        self.sms = torch.cuda.get_device_properties().multi_processor_count
+        self._attributes = ctypes.addressof(_OVERLAPPED)
+        self._attribute_count = int(torch.cuda.get_device_capability() >= (9, 0))
         self._module = driver.moduleLoadData(cubin)
-        self._function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
+        function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
+        self._function = ctypes.c_void_p(function)
+        self._driver_launch = _driver().cuLaunchKernelEx
         if self._shared_bytes > 48 << 10:
             driver.funcSetAttribute(
-                self._function,
+                function,
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 self._shared_bytes,
             )
 
     def launch(self, ctas: int, stream: int, pack, *params) -> None:
-        """Launches `ctas` CTAs on a raw stream; `pack` is the parameters' Struct.pack_into."""
+        """Launches `ctas` CTAs on a raw stream; `pack` is `packer` of the parameters."""
         buffer = _buffer
         if not buffer.has_context:
             buffer.bind(self._context)
-        pack(buffer.params, 0, *params)
-        self._driver_launch(
-            self._function, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream,
-            buffer.address, 0,
+        pack(
+            buffer.packed, 0, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream,
+            self._attributes, self._attribute_count, *params,
         )  # fmt: skip
+        status = self._driver_launch(buffer.config, self._function, buffer.params, None)
+        if status:
+            raise RuntimeError(f"{self.variant.symbol} was not launched: CUDA error {status}")
 
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}

@@ -237,7 +237,7 @@ def test_bench_fails_when_the_op_is_wrong(no_gpu, monkeypatch):
         (("--scenario", "some"), "legal: all-hit, spread, no-hit"),
         (("--layout", "woven"), "legal: split, packed"),
         (("--override", "reduce_warps"), "NAME=VALUE"),
-        (("--override", "warps=1"), "legal: backend, reduce_warps, head_slice"),
+        (("--override", "warps=1"), "legal: backend, schedule, reduce_warps, head_slice"),
         (("--from", "none.json"), "none.json"),
         (("--from", "none.json", "--json", "times.json"), "measures nothing"),
     ],

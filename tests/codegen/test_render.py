@@ -118,9 +118,12 @@ def test_instantiation_says_what_the_variant_is(load, rows):
         types = re.findall(r"using (\w+) = (\w+);", source)
         names = ("head_dim", "compress_ratio", "next_n", "reduce_warps", "head_slice")
         expected = {
-            name: str(getattr(variant, name)) for name in (*names, "threads", "shared_bytes")
+            name: str(getattr(variant, name))
+            for name in (*names, "threads", "shared_bytes", "listed")
         }
-        assert dict(ints) == expected | {"overlap": str(variant.overlap).lower()}
+        persistent = variant.schedule == "persistent"
+        flags = {"overlap": variant.overlap, "persistent": persistent}
+        assert dict(ints) == expected | {name: str(flag).lower() for name, flag in flags.items()}
         assert dict(types) == {
             "kv_t": CTYPES[variant.kv_dtype],
             "state_t": CTYPES[variant.state_dtype],

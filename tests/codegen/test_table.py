@@ -71,8 +71,9 @@ def test_every_key_and_batch_finds_the_one_row_that_covers_it(file, rows, data):
             problem = dict(zip(names, key, strict=True))
             variant = table.select(OP, batch=batch, backend=backend, arch=arch, **problem)
             assert variant.key == key
-            tuning = {name: row[name] for name in ("reduce_warps", "head_slice")}
-            assert variant.tuning == {"backend": backend, **tuning, "min_ctas": 1}
+            given = {name: row[name] for name in ("reduce_warps", "head_slice")}
+            left_out = {"schedule": "direct", "min_ctas": 1}
+            assert variant.tuning == {"backend": backend, **given, **left_out}
 
 
 @property_test

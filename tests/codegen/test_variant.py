@@ -72,6 +72,7 @@ def test_key_problem_tuning():
     }
     assert PRODUCTION.tuning == {
         "backend": "cuda",
+        "schedule": "direct",
         "reduce_warps": 8,
         "head_slice": 64,
         "min_ctas": 1,
@@ -83,6 +84,14 @@ def test_key_problem_tuning():
     [
         ({}, 4, 8, 256, 128 * 64 * 8 + 12 * 8 * 64),
         ({"state_dtype": "bf16"}, 8, 8, 256, 12 * 8 * 64),  # four rows a thread: in registers
+        # ... and fetched ahead: rows, new rows, two sets of partials, the list of 480 and its bits.
+        (
+            {"state_dtype": "bf16", "schedule": "persistent"},
+            8,
+            8,
+            256,
+            256 * 4 * 2 * 16 + 4 * 64 * (2 + 2 + 4) + 2 * 12 * 8 * 64 + 2 * 480 + 480 // 8,
+        ),
         ({"reduce_warps": 1}, 4, 8, 32, 2 * 16 * 64 * 8),  # a leaf of 16 rows per half warp
         ({"reduce_warps": 1, "overlap": True}, 4, 8, 32, 2 * 16 * 64 * 8),
         ({"head_slice": 4}, 4, 128, 256, 12 * 8 * 4),
@@ -109,6 +118,16 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
         ({"overlap": 1}, "overlap", "legal: false, true"),
         ({"kv_dtype": "fp16"}, "kv_dtype", 'kv_dtype = "fp16" is not accepted; legal: bf16, fp32'),
         ({"reduce_warps": 6}, "reduce_warps", "legal: 1, 2, 4, 8, 16, 32 (integer)"),
+        (
+            {"schedule": "persistent", "backend": "triton"},
+            "schedule",
+            "legal: direct",
+        ),
+        (
+            {"schedule": "persistent", "reduce_warps": 1},  # 64 rows to a thread
+            "reduce_warps",
+            "legal: 4, 8, 16, 32 (integer)",
+        ),
         ({"min_ctas": 33}, "min_ctas", "min_ctas = 33 is not accepted; legal: 1, 2, ..., 32"),
         (
             {"min_ctas": 7},  # of 256 threads each

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 
-from kvfold.nvrtc import Kernel
+from kvfold.nvrtc import Kernel, packer
 
-# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 10 integers.
-_pack = struct.Struct("10Q9q6iI3i").pack_into
+# Params of kernel.cuh, field by field: 10 pointers, 9 strides in elements, 11 integers.
+_pack = packer("10Q9q6iI4i")
 
 FEW_ITEMS = 1 << 14  # storing threads: more of them no longer make the store quicker
 
@@ -39,6 +38,7 @@ def launch(
     cu_outputs,
     compress_ratio,
     next_n,
+    prefetch_state=False,
 ) -> None:
     """Launches on torch's current stream of the tensors' device, which must be current."""
     variant = kernel.variant
@@ -46,14 +46,18 @@ def launch(
     batch, max_pages = block_table_kv.shape
     kv_page, kv_slot, _ = paged_kv.stride()
     score_page, score_slot, _ = paged_score.stride()
-    # A storing thread has one vector of all of a request's new rows; of few requests, of one row.
-    items = batch * state_dim // variant.vector
-    few_requests = items * next_n <= FEW_ITEMS
-    if few_requests:
-        items *= next_n
+    items = batch * state_dim // variant.vector  # of storing: a vector of a request's new rows
+    if variant.schedule == "persistent":
+        most = kernel.sms * variant.min_ctas // variant.slices
+        ctas = max(1, min(batch, most)) * variant.slices
+        by_token = items * next_n <= ctas * variant.threads
+    else:
+        by_token = items * next_n <= FEW_ITEMS
+        storing = items * next_n if by_token else items
+        ctas = batch * variant.slices + -(-storing // variant.threads)
     multiplier, shift = divider(page_size)
     kernel.launch(
-        batch * variant.slices + -(-items // variant.threads),
+        ctas,
         torch._C._cuda_getCurrentRawStream(kv_score.get_device()),
         _pack,
         kv_score.data_ptr(),
@@ -84,5 +88,6 @@ def launch(
         multiplier,
         shift,
         output.element_size() == 2,
-        few_requests,
+        by_token,
+        prefetch_state,
     )

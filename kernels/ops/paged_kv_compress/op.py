@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from kvfold import dispatch
@@ -15,7 +13,8 @@ _LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
 _LIBRARY.define(
     f"{OP}(Tensor kv_score, Tensor ape, Tensor(a!) paged_kv, Tensor(b!) paged_score, "
     "Tensor block_table_kv, Tensor block_table_score, Tensor(c!) output, Tensor kv_lens, "
-    "Tensor cu_seq_lens, Tensor cu_outputs, int compress_ratio, int next_n) -> ()",
+    "Tensor cu_seq_lens, Tensor cu_outputs, int compress_ratio, int next_n, "
+    "bool prefetch_state=False) -> ()",
     # The kernels read through the strides they are given; inductor must not change them.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -45,6 +44,7 @@ def paged_kv_compress(
     cu_outputs: torch.Tensor,
     compress_ratio: int,
     next_n: int,
+    prefetch_state: bool = False,
 ) -> None:
     """Stores the new tokens in the paged state and compresses the windows they close.
 
@@ -65,15 +65,47 @@ def paged_kv_compress(
         cu_outputs: [batch + 1], int32: prefix sums of the output rows reserved per request.
         compress_ratio: tokens per window.
         next_n: the most new tokens any request has in this step.
+        prefetch_state: a promise, with which the CUDA kernels (sm_90 and later) read lengths, block
+            tables and old rows of the state while the kernel before them on the stream still runs,
+            and wait for its end only before they read kv_score and ape and before they write. The
+            promise: no kernel that may still run then writes what is read early. Those are the
+            kernel just before and, where that one was itself launched to overlap the one before it
+            (programmatic dependent launch, as kvfold's own are), so on back to the first that was
+            not. Kept where lengths and block tables are made at a step's start and each layer has
+            its own state; broken by two calls on one state in a row.
 
     Raises:
         ValueError: an argument's shape, dtype, device or strides; nothing was launched.
         TableError: no row of the table serves the problem; nothing was launched.
     """
-    torch.ops.kvfold.paged_kv_compress.default(
+    args = (
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output,
-        kv_lens, cu_seq_lens, cu_outputs, compress_ratio, next_n,
+        kv_lens, cu_seq_lens, cu_outputs, compress_ratio, next_n, prefetch_state,
     )  # fmt: skip
+    if torch.compiler.is_compiling() or not _nobody_watches(args[:10]):
+        torch.ops.kvfold.paged_kv_compress.default(*args)
+    else:
+        torch.autograd.graph.increment_version((paged_kv, paged_score, output))
+        _run(*args)
+
+
+def _nobody_watches(tensors: tuple) -> bool:
+    """Whether torch's dispatcher would do nothing with a call but pass it on.
+
+    It has work to do for modes (fake tensors, profilers in Python), function transforms, tracing,
+    the profiler, tensor subclasses, and gradients.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    if any(type(tensor) is not torch.Tensor for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 @torch.library.register_fake(f"kvfold::{OP}", lib=_LIBRARY)
@@ -84,30 +116,26 @@ def _fake(*args, **kwargs) -> None:
 @torch.library.impl(_LIBRARY, OP, "CPU")
 @torch.library.impl(_LIBRARY, OP, "CUDA")
 def _run(*args) -> None:
-    key, batch, device = check_arguments(*args)
+    key, batch, device = check_arguments(*args[:12])
     if batch:
-        with _current(device):
-            dispatch.launcher(OP, key, batch, device)(*args)
+        _launch(dispatch.launcher(OP, key, batch, device), device, args)
 
 
 def run_variant(variant: Variant, *args) -> None:
     """The op, but with exactly this variant, in the table or not. Raises ValueError as the op."""
-    key, batch, device = check_arguments(*args)
+    key, batch, device = check_arguments(*args[:12])
     if key != variant.key:
         raise ValueError(f"{variant.symbol} solves {variant.key}, the arguments are {key}")
     if batch:
-        with _current(device):
-            dispatch.bind(variant, device)(*args)
+        _launch(dispatch.bind(variant, device), device, args)
 
 
-_ALREADY = contextlib.nullcontext()
-
-
-def _current(device: torch.device):
-    """A context in which `device` is torch's current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _ALREADY
-    return torch.cuda.device(device)
+def _launch(launch, device: torch.device, args: tuple) -> None:
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        launch(*args)
+    else:
+        with torch.cuda.device(device):
+            launch(*args)
 
 
 # ---- Argument checks -----------------------------------------------------------------------------
@@ -135,6 +163,112 @@ def check_arguments(
     Raises:
         ValueError: naming the argument, what it is, and what is accepted.
     """
+    args = (
+        kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output,
+        kv_lens, cu_seq_lens, cu_outputs, compress_ratio, next_n,
+    )  # fmt: skip
+    if not _surely_right(*args):
+        _refuse_what_is_wrong(*args)
+    head_dim, state_dim = output.shape[1], paged_kv.shape[2]
+    key = (
+        head_dim,
+        compress_ratio,
+        state_dim != head_dim,
+        _DTYPE_NAMES[kv_score.dtype],
+        _DTYPE_NAMES[paged_kv.dtype],
+        next_n,
+    )
+    return key, kv_lens.shape[0], kv_score.device
+
+
+def _surely_right(
+    kv_score,
+    ape,
+    paged_kv,
+    paged_score,
+    block_table_kv,
+    block_table_score,
+    output,
+    kv_lens,
+    cu_seq_lens,
+    cu_outputs,
+    compress_ratio,
+    next_n,
+) -> bool:
+    """True for arguments as nearly all are, at a third of the time; False says nothing."""
+    state, tokens, out = paged_kv.shape, kv_score.shape, output.shape
+    table, batch = block_table_kv.shape, kv_lens.shape
+    if len(state) != 3 or len(tokens) != 2 or len(out) != 2 or len(table) != 2 or len(batch) != 1:
+        return False
+    _, page_size, state_dim = state
+    (requests,) = batch
+    head_dim = out[1]
+    sums = (requests + 1,)
+    dtype, itemsize, device = paged_kv.dtype, paged_kv.itemsize, kv_score.get_device()
+    if device < 0:  # what has no index may still be on different devices
+        tensors = (ape, paged_kv, paged_score, block_table_kv, block_table_score, output, kv_lens)
+        if any(t.device != kv_score.device for t in (*tensors, cu_seq_lens, cu_outputs)):
+            return False
+    if not (
+        paged_score.shape == state
+        and tokens[1] == 2 * state_dim
+        and ape.shape == (compress_ratio, state_dim)
+        and table[0] == requests
+        and block_table_score.shape == table
+        and cu_seq_lens.shape == sums
+        and cu_outputs.shape == sums
+        and (state_dim == head_dim or state_dim == 2 * head_dim)
+        and head_dim >= 8
+        and head_dim % 8 == 0
+        and page_size > 0
+        and compress_ratio > 0
+        and next_n > 0
+        and kv_score.dtype in _DTYPE_NAMES
+        and dtype in _DTYPE_NAMES
+        and paged_score.dtype is dtype
+        and output.dtype in _DTYPE_NAMES
+        and ape.dtype is torch.float32
+    ):
+        return False
+    for tensor in (block_table_kv, block_table_score, kv_lens, cu_seq_lens, cu_outputs):
+        if (
+            tensor.dtype is not torch.int32
+            or tensor.get_device() != device
+            or not tensor.is_contiguous()
+        ):
+            return False
+    for tensor in (kv_score, ape, output):
+        if tensor.get_device() != device or tensor.data_ptr() % 16 or not tensor.is_contiguous():
+            return False
+    for tensor in (paged_kv, paged_score):
+        page, slot, column = tensor.stride()
+        if (
+            tensor.get_device() != device
+            or tensor.data_ptr() % 16
+            or column != 1
+            or slot < state_dim
+            or page < state_dim
+            or (page * itemsize | slot * itemsize) % 16
+        ):
+            return False
+    return True
+
+
+def _refuse_what_is_wrong(
+    kv_score,
+    ape,
+    paged_kv,
+    paged_score,
+    block_table_kv,
+    block_table_score,
+    output,
+    kv_lens,
+    cu_seq_lens,
+    cu_outputs,
+    compress_ratio,
+    next_n,
+) -> None:
+    """Raises ValueError for the first thing that is wrong, if anything is."""
     tensors = (
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output,
         kv_lens, cu_seq_lens, cu_outputs,
@@ -188,16 +322,6 @@ def check_arguments(
         _check_strides(name, tensor)
     if paged_score.dtype != paged_kv.dtype:
         _refuse("paged_score", f"of {paged_score.dtype}", f"{paged_kv.dtype}, paged_kv's dtype")
-
-    key = (
-        head_dim,
-        compress_ratio,
-        state_dim != head_dim,
-        _DTYPE_NAMES[kv_score.dtype],
-        _DTYPE_NAMES[paged_kv.dtype],
-        next_n,
-    )
-    return key, batch, device
 
 
 def _check_strides(name: str, tensor: torch.Tensor) -> None:

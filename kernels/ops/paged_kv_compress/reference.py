@@ -24,6 +24,7 @@ def paged_kv_compress(
     cu_outputs: Tensor,
     compress_ratio: int,
     next_n: int,
+    prefetch_state: bool = False,
 ) -> None:
     """Stores every request's new rows in the paged state and writes the windows that they close.
 
@@ -38,6 +39,7 @@ def paged_kv_compress(
         cu_seq_lens, cu_outputs: [batch + 1] int32.
         compress_ratio: tokens per window.
         next_n: most new tokens of a request; one with more, or that makes no sense, is skipped.
+        prefetch_state: of no effect here.
     """
     head_dim, state_dim = output.size(1), paged_kv.size(2)
     pages = (block_table_kv, block_table_score, paged_kv.size(0), paged_kv.size(1))

@@ -21,6 +21,7 @@ def launch(
     cu_outputs: Tensor,
     compress_ratio: int,
     next_n: int,
+    prefetch_state: bool = False,
 ) -> None:
     """Launches variant on the op's arguments, which the op has checked.
 

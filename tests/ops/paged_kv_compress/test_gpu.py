@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import problems
@@ -47,15 +48,29 @@ def variants_of(key, backend: str) -> list[Variant]:
 def all_variants(key) -> list[Variant]:
     """Every CUDA variant of the problem that there can be, within reason; in the table or not."""
     found = []
-    for reduce_warps in (1, 2, 4, 8, 16):
-        for head_slice in (16, 32, 64, 128, 256, 512):
-            with contextlib.suppress(TableError):
-                tuning = {"reduce_warps": reduce_warps, "head_slice": head_slice}
-                variant = Variant(op=OP, backend="cuda", **problem_of(key), **tuning)
-                variant.check_shared("sm_90")
-                found.append(variant)
-    assert len(found) > 5
+    for schedule in ("direct", "persistent"):
+        for reduce_warps in (1, 2, 4, 8, 16):
+            for head_slice in (16, 32, 64, 128, 256, 512):
+                with contextlib.suppress(TableError):
+                    tuning = {"reduce_warps": reduce_warps, "head_slice": head_slice}
+                    variant = Variant(
+                        op=OP, backend="cuda", schedule=schedule, **problem_of(key), **tuning
+                    )
+                    variant.check_shared("sm_90")
+                    found.append(variant)
+    assert len({variant.schedule for variant in found}) == 2 and len(found) > 10
     return found
+
+
+def schedules_of(key) -> list[Variant]:
+    """The table's CUDA variants of the problem, and under every schedule that they can have."""
+    found = dict.fromkeys(variants_of(key, "cuda"))
+    for variant in list(found):
+        for schedule in Variant.spec("tuning")["schedule"]["legal"]:
+            with contextlib.suppress(TableError):
+                found[replace(variant, schedule=schedule)] = None
+    assert len({variant.schedule for variant in found}) == 2
+    return list(found)
 
 
 def spans_for(compress_ratio: int, next_n: int) -> list[tuple[int, int]]:
@@ -154,7 +169,7 @@ def test_bits_do_not_depend_on_run_neighbours_position_or_pages(key, backend):
     alone = problems.make(
         [(2 * ratio - next_n, next_n)], **problem, page_size=16, output_dtype="fp32", device="cuda"
     )
-    for variant in variants_of(key, backend):
+    for variant in schedules_of(key) if backend == "cuda" else variants_of(key, backend):
         for batch in (1, 2, 17, 512):
             for place in {0, batch // 2, batch - 1}:
                 crowd = cases.make(
@@ -298,6 +313,80 @@ def test_launches_on_the_current_stream_and_never_synchronises():
         torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     assert_same_bits(case.output, want.output)
+
+
+def chain(key, prefetch_state: bool, layers: int = 6) -> list:
+    """Steps of decoding by one captured graph, on `layers` states whose new tokens a kernel right
+    before each call computes; returns all that is written, per step and layer."""
+    problem = problem_of(key)
+    ratio, next_n = problem["compress_ratio"], problem["next_n"]
+    made = [
+        cases.make(**problem, batch=70, scenario="no-hit", device="cuda", seed=seed)
+        for seed in range(layers)
+    ]
+    states = [made[0], *(cases.sharing_metadata(case, made[0]) for case in made[1:])]
+    weights = torch.randn(3, 64, states[0].kv_score.size(1), device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(states[0].kv_score.size(0), 64, device="cuda", dtype=torch.bfloat16)
+    kv_score = torch.empty_like(states[0].kv_score)  # one buffer for all layers
+
+    def step():
+        for layer, state in enumerate(states):
+            kv_score.copy_((hidden @ weights[layer % 3]).to(kv_score.dtype))
+            args = (kv_score, *state.args()[1:])
+            kvfold.paged_kv_compress(*args, prefetch_state=prefetch_state)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    written = []
+    for number in range(2 * ratio // next_n):
+        hidden.copy_(torch.randn_like(hidden))
+        states[0].kv_lens.copy_(states[0].kv_lens + (number % 3 - 1) * next_n)  # on and back
+        graph.replay()
+        written += [x.clone() for state in states for x in state.args()[2:4] + state.args()[6:7]]
+    return written
+
+
+@pytest.mark.parametrize("key", [PRODUCTION, (128, 4, True, "bf16", "fp32", 2)], ids=str)
+def test_prefetching_the_state_changes_no_bit(key):
+    results = []
+    for prefetch_state in (False, True):
+        torch.manual_seed(0)
+        results.append(chain(key, prefetch_state))
+    for mine, other in zip(*results, strict=True):
+        assert_same_bits(mine, other)
+
+
+def test_calls_in_a_row_on_one_state_see_each_other_unless_told_otherwise():
+    """Each call overlaps the one before it (programmatic dependent launch) and must still wait."""
+    case = cases.make(batch=40, head_dim=128, next_n=4, scenario="all-hit", device="cuda")
+    steps = []
+    for number in range(32):  # a whole window of new rows, each read back by the last step
+        data = torch.randn_like(case.kv_score)
+        steps.append((data, case.kv_lens - 4 * (31 - number)))
+    graph = torch.cuda.CUDAGraph()
+
+    def run():
+        for data, lengths in steps:
+            args = list(case.args())
+            args[0], args[7] = data, lengths
+            kvfold.paged_kv_compress(*args)
+
+    run()
+    with torch.cuda.graph(graph):
+        run()
+    want = cases.make(batch=40, head_dim=128, next_n=4, scenario="all-hit", device="cuda")
+    for data, lengths in steps:
+        args = list(want.args())
+        args[0], args[7] = data, lengths
+        kvfold.paged_kv_compress(*args)
+        torch.cuda.synchronize()
+    for _ in range(20):
+        case.paged_kv.zero_()
+        case.paged_score.zero_()
+        graph.replay()
+        assert_same_bits(case.output, want.output)
 
 
 def test_several_threads_at_first_use(first_use):

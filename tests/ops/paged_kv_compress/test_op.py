@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import torch.utils._python_dispatch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvfold
 from kvfold.bench import cases
+from kvfold.ops.paged_kv_compress import op
 
 NAMES = (
     "kv_score", "ape", "paged_kv", "paged_score", "block_table_kv", "block_table_score", "output",
@@ -80,9 +84,8 @@ def test_a_bad_argument_is_named_and_nothing_is_written(fault):
     before = clone(arguments)
     with pytest.raises(ValueError, match=rf"{name} is .*; accepted: .*{accepted}"):
         kvfold.ops.paged_kv_compress.op.check_arguments(*arguments.values())
-    if "device" not in fault:  # tensors on two devices do not reach the op
-        with pytest.raises(ValueError, match=name):
-            kvfold.paged_kv_compress(*arguments.values())
+    with pytest.raises(ValueError, match=name):
+        kvfold.paged_kv_compress(*arguments.values())
     for field in ("paged_kv", "paged_score", "output"):
         torch.testing.assert_close(arguments[field], before[field], rtol=0, atol=0, equal_nan=True)
 
@@ -105,6 +108,85 @@ def test_no_requests_is_no_work():
     assert torch.equal(arguments["paged_kv"], before["paged_kv"])
 
 
+def strided(shape, strides, dtype=torch.float32):
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return torch.zeros(max(size, 1), dtype=dtype).as_strided(shape, strides)
+
+
+@given(
+    name=st.sampled_from(["paged_kv", "paged_score"]),
+    strides=st.tuples(st.integers(0, 260), st.integers(0, 70), st.integers(0, 2)),
+    offset=st.integers(0, 4),
+)
+def test_the_quick_check_accepts_no_strides_that_the_thorough_one_refuses(name, strides, offset):
+    arguments = make()
+    pages, slots, columns = arguments[name].shape
+    arguments[name] = strided((pages, slots + offset, columns), strides)[:, offset:]
+    quick = op._surely_right(*arguments.values())
+    if quick:
+        op._refuse_what_is_wrong(*arguments.values())
+    assert quick or strides[2] != 1 or strides[1] % 4 or strides[0] % 4 or min(strides[:2]) < 32
+
+
+# ---- The direct way to the launch, past torch's dispatcher ---------------------------------------
+
+
+class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists the ops that the dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_a_plain_call_goes_straight_to_the_launch(monkeypatch):
+    arguments = make()
+    calls = []
+    monkeypatch.setattr(op, "_run", lambda *args: calls.append(args))
+    kvfold.paged_kv_compress(**arguments)
+    assert calls == [(*arguments.values(), False)]
+    versions = [arguments[name]._version for name in ("paged_kv", "paged_score", "output")]
+    assert versions == [1, 1, 1]  # as if the dispatcher had seen it: autograd counts on it
+
+
+def test_modes_subclasses_profiler_transforms_and_gradients_see_the_op():
+    arguments = make()
+    with Dispatched() as mode:
+        kvfold.paged_kv_compress(**arguments)
+    assert mode.ops == ["kvfold.paged_kv_compress.default"]
+    with Functions() as mode:
+        kvfold.paged_kv_compress(**arguments)
+    assert any("paged_kv_compress" in name for name in mode.seen)
+    with torch.profiler.profile() as profile:
+        kvfold.paged_kv_compress(**arguments)
+    assert "kvfold::paged_kv_compress" in {event.name for event in profile.events()}
+    for changed in (
+        arguments | {"kv_score": arguments["kv_score"].as_subclass(Subclass)},
+        arguments | {"ape": arguments["ape"].requires_grad_()},
+    ):
+        assert not op._nobody_watches(tuple(changed.values())[:10])
+    with torch.no_grad():
+        assert op._nobody_watches(tuple(arguments.values())[:10])
+
+
 # ---- torch.library and torch.compile -------------------------------------------------------------
 
 
@@ -123,7 +205,7 @@ def test_schema_declares_what_is_written():
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     assert written == ["paged_kv", "paged_score", "output"]
-    assert tuple(argument.name for argument in schema.arguments) == NAMES
+    assert tuple(argument.name for argument in schema.arguments) == (*NAMES, "prefetch_state")
 
 
 def test_the_fake_runs_without_data():
