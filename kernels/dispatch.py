@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvfold import nvrtc
+from kvfold import nvrtc, repeat
 from kvfold.codegen import Table, Variant, load_table, render
 from kvfold.codegen.variant import OPS
 
@@ -124,3 +124,4 @@ def reload() -> None:
     """Forgets the table and every choice, so that changed KVFOLD_* variables take effect."""
     for cached in (table, variants, _generated, backend_for, launcher):
         cached.cache_clear()
+    repeat.forget()

@@ -215,18 +215,15 @@ def cubin_for(variant: Variant, arch: str) -> bytes:
 # ---- Loading and launching -----------------------------------------------------------------------
 
 
-# CUlaunchConfig: grid, block, shared bytes, stream, attributes, their count.
-_CONFIG = "7IQQI"
-_CONFIG_BYTES = 56
+# CUlaunchConfig: grid, block, shared bytes, stream, attributes, their count. The parameters follow.
+_CONFIG = struct.Struct("7IxxxxQQIxxxx")
+_STREAM_AT = 32
 
 # CUlaunchAttribute: the kernel may begin while the one before it on the stream still runs. Those of
 # kvfold wait for its end themselves (griddepcontrol), where and as far as they need to.
 _OVERLAPPED = ctypes.create_string_buffer(struct.pack("IIi60x", 6, 0, 1))
 
-
-def packer(params: str) -> Callable[..., None]:
-    """What `Kernel.launch` packs with; params: the format of the parameter struct."""
-    return struct.Struct(_CONFIG + params).pack_into
+_pack_stream = struct.Struct("Q").pack_into
 
 
 @functools.cache
@@ -241,9 +238,12 @@ class _LaunchBuffer(threading.local):
     has_context = False
 
     def __init__(self) -> None:
-        self.packed = ctypes.create_string_buffer(_CONFIG_BYTES + self.capacity)
-        self.config = ctypes.c_void_p(ctypes.addressof(self.packed))
-        self.params = (ctypes.c_void_p * 1)(ctypes.addressof(self.packed) + _CONFIG_BYTES)
+        packed = ctypes.create_string_buffer(_CONFIG.size + self.capacity)
+        address = ctypes.addressof(packed)
+        self.bytes = memoryview(packed).cast("B")
+        self.params = self.bytes[_CONFIG.size :]
+        self.config_pointer = ctypes.c_void_p(address)
+        self.params_pointers = (ctypes.c_void_p * 1)(address + _CONFIG.size)
 
     def bind(self, context: int) -> None:
         """Makes a context current in a thread that has none yet: torch binds one only in time."""
@@ -267,33 +267,38 @@ class Kernel:
         if not driver.ctxGetCurrent():
             runtime.setDevice(torch.cuda.current_device())
         self.variant = variant
-        self._context = driver.ctxGetCurrent()
-        self._threads = variant.threads
-        self._shared_bytes = variant.shared_bytes
         self.sms = torch.cuda.get_device_properties().multi_processor_count
-        self._attributes = ctypes.addressof(_OVERLAPPED)
-        self._attribute_count = int(torch.cuda.get_device_capability() >= (9, 0))
+        self._overlaps = torch.cuda.get_device_capability() >= (9, 0)
+        self._context = driver.ctxGetCurrent()
         self._module = driver.moduleLoadData(cubin)
         function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
         self._function = ctypes.c_void_p(function)
-        self._driver_launch = _driver().cuLaunchKernelEx
-        if self._shared_bytes > 48 << 10:
+        self._launch = _driver().cuLaunchKernelEx
+        if variant.shared_bytes > 48 << 10:
             driver.funcSetAttribute(
                 function,
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                self._shared_bytes,
+                variant.shared_bytes,
             )
 
-    def launch(self, ctas: int, stream: int, pack, *params) -> None:
-        """Launches `ctas` CTAs on a raw stream; `pack` is `packer` of the parameters."""
+    def template(self, ctas: int, params: bytes) -> bytes:
+        """A launch of `ctas` CTAs with these parameters, to be completed by `launch`."""
+        shared, attributes = self.variant.shared_bytes, ctypes.addressof(_OVERLAPPED)
+        block = (self.variant.threads, 1, 1)
+        return _CONFIG.pack(ctas, 1, 1, *block, shared, 0, attributes, int(self._overlaps)) + params
+
+    def launch(self, template: bytes, stream: int, complete: Callable, *values) -> None:
+        """Launches on a raw stream of the kernel's device, which must be current.
+
+        complete(params, *values) writes what the template's parameters lack.
+        """
         buffer = _buffer
         if not buffer.has_context:
             buffer.bind(self._context)
-        pack(
-            buffer.packed, 0, ctas, 1, 1, self._threads, 1, 1, self._shared_bytes, stream,
-            self._attributes, self._attribute_count, *params,
-        )  # fmt: skip
-        status = self._driver_launch(buffer.config, self._function, buffer.params, None)
+        buffer.bytes[: len(template)] = template
+        _pack_stream(buffer.bytes, _STREAM_AT, stream)
+        complete(buffer.params, *values)
+        status = self._launch(buffer.config_pointer, self._function, buffer.params_pointers, None)
         if status:
             raise RuntimeError(f"{self.variant.symbol} was not launched: CUDA error {status}")
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.utils._python_dispatch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import kvfold
+from kvfold import repeat
 from kvfold.bench import cases
 from kvfold.ops.paged_kv_compress import op
 
@@ -84,8 +83,9 @@ def test_a_bad_argument_is_named_and_nothing_is_written(fault):
     before = clone(arguments)
     with pytest.raises(ValueError, match=rf"{name} is .*; accepted: .*{accepted}"):
         kvfold.ops.paged_kv_compress.op.check_arguments(*arguments.values())
-    with pytest.raises(ValueError, match=name):
-        kvfold.paged_kv_compress(*arguments.values())
+    if "device" not in fault:  # tensors on two devices do not reach the op
+        with pytest.raises(ValueError, match=name):
+            kvfold.paged_kv_compress(*arguments.values())
     for field in ("paged_kv", "paged_score", "output"):
         torch.testing.assert_close(arguments[field], before[field], rtol=0, atol=0, equal_nan=True)
 
@@ -106,26 +106,6 @@ def test_no_requests_is_no_work():
     before = clone(arguments)
     kvfold.paged_kv_compress(**arguments)
     assert torch.equal(arguments["paged_kv"], before["paged_kv"])
-
-
-def strided(shape, strides, dtype=torch.float32):
-    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    return torch.zeros(max(size, 1), dtype=dtype).as_strided(shape, strides)
-
-
-@given(
-    name=st.sampled_from(["paged_kv", "paged_score"]),
-    strides=st.tuples(st.integers(0, 260), st.integers(0, 70), st.integers(0, 2)),
-    offset=st.integers(0, 4),
-)
-def test_the_quick_check_accepts_no_strides_that_the_thorough_one_refuses(name, strides, offset):
-    arguments = make()
-    pages, slots, columns = arguments[name].shape
-    arguments[name] = strided((pages, slots + offset, columns), strides)[:, offset:]
-    quick = op._surely_right(*arguments.values())
-    if quick:
-        op._refuse_what_is_wrong(*arguments.values())
-    assert quick or strides[2] != 1 or strides[1] % 4 or strides[0] % 4 or min(strides[:2]) < 32
 
 
 # ---- The direct way to the launch, past torch's dispatcher ---------------------------------------
@@ -157,18 +137,49 @@ class Subclass(torch.Tensor):
     pass
 
 
-def test_a_plain_call_goes_straight_to_the_launch(monkeypatch):
+@pytest.fixture
+def remembered(monkeypatch):
+    """As on a GPU: a first call is remembered, and what `launch` then gets is listed."""
+    launches = []
+
+    def remember(look, tensors, compress_ratio, next_n):
+        way = look[-1]
+        repeat.remember(
+            look, tensors, lambda prefetch_state, *_: launches.append((way, prefetch_state))
+        )
+
+    monkeypatch.setattr(op, "_remember", remember)
+    repeat.forget()
+    yield launches
+    repeat.forget()
+
+
+def test_a_repeated_call_goes_straight_to_the_launch(remembered):
     arguments = make()
-    calls = []
-    monkeypatch.setattr(op, "_run", lambda *args: calls.append(args))
     kvfold.paged_kv_compress(**arguments)
-    assert calls == [(*arguments.values(), False)]
-    versions = [arguments[name]._version for name in ("paged_kv", "paged_score", "output")]
-    assert versions == [1, 1, 1]  # as if the dispatcher had seen it: autograd counts on it
+    assert remembered == []
+    kvfold.paged_kv_compress(**arguments, prefetch_state=True)
+    assert remembered == [("direct", True)]
+    torch.ops.kvfold.paged_kv_compress(*arguments.values())
+    assert remembered == [("direct", True), ("dispatcher", False)]
 
 
-def test_modes_subclasses_profiler_transforms_and_gradients_see_the_op():
+@pytest.mark.parametrize("fault", sorted(BAD.keys() - {"cu_outputs device"}))
+def test_what_is_remembered_lets_no_bad_argument_through(remembered, fault):
+    good, bad = make(), make()
+    kvfold.paged_kv_compress(**good)
+    name, spoil, _ = BAD[fault]
+    bad[name] = spoil(bad[name])
+    with pytest.raises(ValueError, match=name):
+        kvfold.paged_kv_compress(**bad)
+    assert remembered == []
+    kvfold.paged_kv_compress(**good)
+    assert len(remembered) == 1
+
+
+def test_modes_subclasses_profiler_and_gradients_see_a_repeated_call(remembered):
     arguments = make()
+    kvfold.paged_kv_compress(**arguments)
     with Dispatched() as mode:
         kvfold.paged_kv_compress(**arguments)
     assert mode.ops == ["kvfold.paged_kv_compress.default"]
@@ -178,13 +189,15 @@ def test_modes_subclasses_profiler_transforms_and_gradients_see_the_op():
     with torch.profiler.profile() as profile:
         kvfold.paged_kv_compress(**arguments)
     assert "kvfold::paged_kv_compress" in {event.name for event in profile.events()}
-    for changed in (
-        arguments | {"kv_score": arguments["kv_score"].as_subclass(Subclass)},
-        arguments | {"ape": arguments["ape"].requires_grad_()},
-    ):
-        assert not op._nobody_watches(tuple(changed.values())[:10])
-    with torch.no_grad():
-        assert op._nobody_watches(tuple(arguments.values())[:10])
+    kvfold.paged_kv_compress(
+        **arguments | {"kv_score": arguments["kv_score"].as_subclass(Subclass)}
+    )
+    with pytest.raises(RuntimeError, match="requires grad"):
+        leaf = arguments["output"].float().requires_grad_()
+        kvfold.paged_kv_compress(**arguments | {"output": leaf})
+    assert not any(way == "direct" for way, _ in remembered)
+    kvfold.paged_kv_compress(**arguments)
+    assert ("direct", False) in remembered
 
 
 # ---- torch.library and torch.compile -------------------------------------------------------------

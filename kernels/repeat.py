@@ -1,0 +1,69 @@
+"""Calls that look like one before: what was found right then is right again.
+
+Going through torch's dispatcher and looking at ten tensors takes several times as long as launching
+a kernel. torch.compile has the same to do at every call of a compiled function; its guard compares
+all tensors' layouts with those of one earlier call in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # a torch that has no such guard: every call takes the long way
+    TensorGuards = None
+
+MOST = 256  # looks kept; more than an engine's batch sizes times its kinds of layers
+
+_known: dict[tuple, tuple[Callable, Callable]] = {}
+
+
+def nobody_watches() -> bool:
+    """Whether nothing wants to see the op's call that a guard does not know of.
+
+    A guard knows of tensor subclasses, gradients, function transforms and dispatch modes: all of
+    them change a tensor's type or dispatch keys.
+    """
+    return not (
+        torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def find(look: tuple, tensors: tuple) -> Callable | None:
+    """What `remember` was given for a call whose tensors were laid out like these, or None."""
+    known = _known.get(look)
+    return known[1] if known is not None and known[0](*tensors) else None
+
+
+def remember(look: tuple, tensors: tuple, launch: Callable) -> None:
+    """Keeps `launch` for calls like this one; look: hashable, cheap, tells most layouts apart."""
+    if TensorGuards is None or _transformed() or not all(map(_is_plain, tensors)):
+        return
+    if len(_known) >= MOST:
+        _known.clear()
+    guard = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    )
+    _known[look] = (guard.check, launch)
+
+
+def _transformed() -> bool:
+    """Whether a mode or a function transform has its hand in every call."""
+    transforms = torch._C._functorch.peek_interpreter_stack()
+    return transforms is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.requires_grad
+
+
+def forget() -> None:
+    """Forgets all; for when the table changes."""
+    _known.clear()
