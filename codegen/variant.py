@@ -117,8 +117,8 @@ class Variant:
             store. 'persistent': as many as the GPU holds share all work.
         reduce_warps: warps that share one window's rows.
         head_slice: columns per CTA.
-        min_ctas: CTAs that an SM's registers must suffice for; cuda only. Persistent: and as many
-            per SM are launched.
+        min_ctas: CTAs that an SM's registers must suffice for. Persistent: and as many per SM are
+            launched.
     """
 
     op: str
@@ -160,9 +160,9 @@ class Variant:
             what = f"gives a thread more than {4 * LEAF_QUADS} rows, which is what it fetches ahead"
             enough = self.reduce_warps * self._group_quads() // LEAF_QUADS
             self._refuse("reduce_warps", what, [w for w in POWERS_OF_TWO if w >= enough])
-        most = SM_THREADS // self.threads if self.backend == "cuda" else 1
+        most = SM_THREADS // self.threads
         if self.min_ctas > most:
-            what = f"is more than an SM takes of {self.backend} CTAs of {self.threads} threads"
+            what = f"is more than an SM takes of CTAs of {self.threads} threads"
             self._refuse("min_ctas", what, range(1, most + 1))
 
     def check_shared(self, arch: str) -> None:

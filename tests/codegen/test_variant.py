@@ -132,9 +132,8 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
         (
             {"min_ctas": 7},  # of 256 threads each
             "min_ctas",
-            "is more than an SM takes of cuda CTAs of 256 threads; legal: 1, 2, 3, 4, 5, 6 (int",
+            "is more than an SM takes of CTAs of 256 threads; legal: 1, 2, 3, 4, 5, 6 (int",
         ),
-        ({"min_ctas": 2, "backend": "triton"}, "min_ctas", "legal: 1 (integer)"),
         (
             {"head_slice": 48},
             "head_slice",

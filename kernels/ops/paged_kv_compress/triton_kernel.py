@@ -7,6 +7,16 @@ from torch import Tensor
 from kvfold.codegen import Variant
 
 
+REGISTERS = 65536  # of an SM
+
+
+def register_cap(variant: Variant) -> int | None:
+    """Registers per thread with which min_ctas programs fit in an SM; None for no cap."""
+    if variant.min_ctas == 1:
+        return None
+    return REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
+
+
 def launch(
     variant: Variant,
     kv_score: Tensor,
@@ -61,6 +71,7 @@ def launch(
         next_n,
         variant.head_slice,
         num_warps=variant.reduce_warps,
+        maxnreg=register_cap(variant),
         num_stages=1,
     )
 
@@ -114,6 +125,21 @@ def _load_new(token, ape, wanted, state_dim: tl.constexpr, dtype: tl.constexpr):
     score = tl.load(token + state_dim, mask=wanted, other=0.0).to(tl.float32)
     score += tl.load(ape, mask=wanted, other=0.0)
     return _round(kv, dtype), _round(score, dtype)
+
+
+@triton.jit
+def _max(a, b):
+    """The greater; NaN where either is, like torch.softmax."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _weigh(score, kv, present, top):
+    """exp(score - top), and that times kv; 0 for absent rows."""
+    # Subtract before scaling to base 2, so that no finite score overflows.
+    weight = tl.exp2((score - top[None, :]) * 1.4426950408889634)
+    weight = tl.where(present, weight, 0.0)
+    return weight, tl.where(present, weight * kv.to(tl.float32), 0.0)
 
 
 # No value of these makes a kernel of its own, neither the integers nor where in an engine's buffer
@@ -216,6 +242,20 @@ def _kernel(
         score_slot_stride,
     )
 
+    # New rows come straight from kv_score, read once: no window waits for the store.
+    t = tl.arange(0, triton.next_power_of_2(next_n))
+    new_position = start + t
+    is_new, kv_at, score_at = _locate(new_position, t < new, state, page_is_power_of_two)
+    part = new_position // compress_ratio - start // compress_ratio + (parts - 1)
+    token = (tokens + t * kv_score_stride)[:, None] + columns[None, :]
+    embedding = (ape + new_position % compress_ratio * ape_stride)[:, None] + columns[None, :]
+    exists = (t < new)[:, None]
+    new_kv, new_score = _load_new(token, embedding, exists, state_dim, dtype)
+    if overlap:  # the state's second half of columns
+        own_kv, own_score = _load_new(
+            token + head_dim, embedding + head_dim, exists, state_dim, dtype
+        )
+
     # A window's rows lie at offset from its first position. An overlapping window takes part 0 of
     # the state's columns from the window before it, part 1 from its own positions.
     row = tl.arange(0, triton.next_power_of_2(parts * compress_ratio))
@@ -225,28 +265,33 @@ def _kernel(
     end_window = length // compress_ratio
     while window < end_window:
         position = window * compress_ratio + offset
-        wanted = (row < parts * compress_ratio) & (position >= 0)
-        present, kv_at, score_at = _locate(position, wanted, state, page_is_power_of_two)
-        # New rows come straight from kv_score: nothing here waits for the store.
-        t = position - start
-        token = tokens + ((t * kv_score_stride)[:, None] + column)
-        embedding = ape + ((row % compress_ratio * ape_stride)[:, None] + column)
-        is_new = (wanted & (t >= 0))[:, None]
-        kv, score = _load_new(token, embedding, is_new, state_dim, dtype)
+        wanted = (row < parts * compress_ratio) & (position >= 0) & (position < start)
+        present, old_kv_at, old_score_at = _locate(position, wanted, state, page_is_power_of_two)
+        present = present[:, None]
         # Every load above is under way before one below waits for its address.
         tl.debug_barrier()
-        is_old = (present & (t < 0))[:, None]
-        kv = tl.load(paged_kv + (kv_at[:, None] + column), mask=is_old, other=kv)
-        score = tl.load(paged_score + (score_at[:, None] + column), mask=is_old, other=score)
+        kv = tl.load(paged_kv + (old_kv_at[:, None] + column), mask=present, other=0.0)
+        score = tl.load(
+            paged_score + (old_score_at[:, None] + column), mask=present, other=-float("inf")
+        )
 
-        score = tl.where(present[:, None], score.to(tl.float32), -float("inf"))
-        top = tl.max(score, axis=0)
-        # exp. Subtract before scaling to base 2, so that no finite score overflows.
-        weight = tl.exp2((score - top[None, :]) * 1.4426950408889634)
-        weight = tl.where(present[:, None], weight, 0.0)
-        weighted = tl.where(present[:, None], weight * kv.to(tl.float32), 0.0)
+        here = is_new & (part >= 0) & (part < parts)
+        if overlap:
+            own = (part == 1)[:, None]
+            kv_here = tl.where(own, own_kv, new_kv)
+            score_here = tl.where(own, own_score, new_score)
+        else:
+            kv_here, score_here = new_kv, new_score
+        here = here[:, None]
+        score_here = tl.where(here, score_here.to(tl.float32), -float("inf"))
+        score = score.to(tl.float32)
+        top = _max(tl.max(score, axis=0), tl.max(score_here, axis=0))
+        weight, weighted = _weigh(score, kv, present, top)
         # Both sums in one exchange between warps.
         total, compressed = tl.split(tl.sum(tl.join(weight, weighted), axis=0))
+        weight, weighted = _weigh(score_here, kv_here, here, top)
+        total += tl.sum(weight, axis=0)
+        compressed += tl.sum(weighted, axis=0)
         # The row at the top weighs 1: only a window with no row present has a total of 0.
         compressed = compressed / tl.where(total == 0.0, 1.0, total)
         tl.store(
@@ -256,16 +301,14 @@ def _kernel(
         )
         target += 1
         window += 1
+        part -= 1
 
     # Store.
-    t = tl.arange(0, triton.next_power_of_2(next_n))
-    position = start + t
-    present, kv_at, score_at = _locate(position, t < new, state, page_is_power_of_two)
-    present = present[:, None]
-    for part in tl.static_range(parts):
-        column = columns[None, :] + part * head_dim
-        token = tokens + ((t * kv_score_stride)[:, None] + column)
-        embedding = ape + ((position % compress_ratio * ape_stride)[:, None] + column)
-        kv, score = _load_new(token, embedding, (t < new)[:, None], state_dim, dtype)
-        tl.store(paged_kv + (kv_at[:, None] + column), kv, mask=present)
-        tl.store(paged_score + (score_at[:, None] + column), score, mask=present)
+    is_new = is_new[:, None]
+    columns = columns[None, :]
+    tl.store(paged_kv + (kv_at[:, None] + columns), new_kv, mask=is_new)
+    tl.store(paged_score + (score_at[:, None] + columns), new_score, mask=is_new)
+    if overlap:
+        columns += head_dim
+        tl.store(paged_kv + (kv_at[:, None] + columns), own_kv, mask=is_new)
+        tl.store(paged_score + (score_at[:, None] + columns), own_score, mask=is_new)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from kvfold.codegen import Variant, load_table
-from kvfold.ops.paged_kv_compress.triton_kernel import _kernel
+from kvfold.ops.paged_kv_compress.triton_kernel import _kernel, register_cap
 
 PROBLEMS = [
     dict(zip(Variant.spec("problem"), values, strict=True))
@@ -45,7 +45,11 @@ def compile_variant(variant: Variant, page_is_power_of_two: bool) -> CompiledKer
     return triton.compile(
         ASTSource(_kernel, signature, constants, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": variant.reduce_warps, "num_stages": 1},
+        options={
+            "num_warps": variant.reduce_warps,
+            "num_stages": 1,
+            "maxnreg": register_cap(variant),
+        },
     )
 
 
