@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= build/gpu
 BIN    := $(VENV)/bin
 
-.PHONY: help setup demo test lint format gpu clean
+.PHONY: help setup demo test lint format gpu bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -37,9 +37,26 @@ gpu: SHELL := /bin/bash -o pipefail
 gpu:  ## on a GPU: install without dependencies, GPU tests, demo, the production benchmark
 	mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu -n 8 2>&1 | tee $(OUT)/pytest.log
+	$(PYTHON) -m pytest -m gpu -n 14 --dist worksteal 2>&1 | tee $(OUT)/pytest.log
 	$(PYTHON) -m kvfold.bench.cli demo 2>&1 | tee $(OUT)/demo.log
-	$(PYTHON) -m kvfold.bench --baseline --json $(OUT)/h200.json --plot $(OUT)/h200.png
+	$(MAKE) bench
+
+BENCH = $(PYTHON) -m kvfold.bench --prefetch-state --json $(OUT)/h200.json
+R4    = --compress-ratio 4 --scenario all-hit --batch 16,64,128,256,512
+
+bench:  ## on a GPU: everything that bench/results/h200.json holds, into OUT
+	mkdir -p $(OUT)
+	$(BENCH) --baseline --plot $(OUT)/h200.png
+	$(BENCH) --append --batch 32
+	$(BENCH) --append --scenario all-hit --page-size 128
+	$(BENCH) --append --scenario all-hit --layout packed
+	$(BENCH) --append --state-dtype bf16 --batch 16,64,128,256,512
+	$(BENCH) --append $(R4) --next-n 1
+	$(BENCH) --append $(R4) --next-n 4
+	$(BENCH) --append $(R4) --next-n 1 --head-dim 128
+	$(BENCH) --append $(R4) --next-n 4 --head-dim 128
+	$(BENCH) --append --batch 16,128,256,512 --override backend=triton --override reduce_warps=4 \
+	  --override head_slice=32 --override min_ctas=5 --override schedule=direct
 
 clean:  ## what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

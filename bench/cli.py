@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvfold import dispatch, nvrtc
 from kvfold.bench import build as building
-from kvfold.bench import cases, report, runner, show
+from kvfold.bench import cases, limit, report, rows, runner, show, tune_gpu, tune_report
 from kvfold.bench import demo as simulation
 from kvfold.bench import plot as plotting
+from kvfold.bench import tune as search
 from kvfold.bench.verify import WrongResult
 from kvfold.codegen import load_table
 from kvfold.codegen.variant import check_arch
@@ -303,10 +304,21 @@ def bench(
     warm_l2: Annotated[
         bool, typer.Option("--warm-l2", help="Replay one state, so that it stays in the L2.")
     ] = False,
+    prefetch_state: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch-state",
+            help="Time what the table chose a second time, with prefetch_state=True.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to the --json file, with the limit measured there."),
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw time over batch size.", show_default=False),
@@ -345,7 +357,10 @@ def bench(
         override=changes or ({"reduce_warps": 1} if baseline else {}),
         baseline=baseline,
         warm_l2=warm_l2,
+        prefetch_state=prefetch_state,
     )  # fmt: skip
+    if append and json_file is None:
+        raise ValueError("--append adds to a file, which --json must name")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
     if not torch.cuda.is_available():
@@ -353,14 +368,18 @@ def bench(
             raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
         _check_on_cpu(plan)
         return
+    before = report.extended(report.load(json_file), []) if append else None
     device = torch.device("cuda", torch.cuda.current_device())
     with _progress() as progress:
         task = progress.add_task("measuring the limit", total=len(plan.points()))
         done = runner.measure(
-            plan, device, lambda point: progress.update(task, description=str(point), advance=1)
+            plan,
+            device,
+            lambda point: progress.update(task, description=str(point), advance=1),
+            before and limit.of(before),
         )
     if json_file is not None:
-        report.save(done, json_file)
+        report.save(report.extended(before, done.rows) if before else done, json_file)
     _show(done, plot)
 
 
@@ -394,6 +413,146 @@ def _show(done: report.Report, plot: Path | None) -> None:
         console.print(view)
     if plot is not None:
         plotting.plot(done, plot)
+
+
+# ---- kvfold tune ---------------------------------------------------------------------------------
+
+MIXTURE = ",".join(f"{name}={weight}" for name, weight in search.MIXTURE.items())
+
+
+@app.command()
+@clear_errors
+def tune(
+    head_dim: Annotated[str, typer.Option(help="Columns of a compressed row.")] = "512",
+    compress_ratio: Annotated[str, typer.Option(help="Tokens per window.")] = "128",
+    overlap: Overlap = None,
+    kv_dtype: Annotated[str, typer.Option(help="Of the new tokens: bf16, fp32.")] = "bf16",
+    state_dtype: Annotated[str, typer.Option(help="Of the paged state: bf16, fp32.")] = "fp32",
+    next_n: Annotated[
+        str,
+        typer.Option(help="The most new tokens per request and step. Timed at the largest only."),
+    ] = "1,2,3,4",
+    backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
+    batch: Annotated[str, typer.Option(help="Batch sizes to time.")] = ",".join(
+        map(str, search.BATCHES)
+    ),
+    mixture: Annotated[
+        str, typer.Option(help="Weights of the scenarios that `kvfold bench --help` explains.")
+    ] = MIXTURE,
+    prefetch_state: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch-state/--no-prefetch-state",
+            help="Call the cuda kernels with the op's prefetch_state, or without.",
+        ),
+    ] = True,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table to write the rows into; by default what KVFOLD_CONFIG names. With neither"
+            " they are only shown.",
+            show_default=False,
+        ),
+    ] = None,
+    any_arch: Annotated[
+        bool, typer.Option("--any-arch", help="Rows for any GPU, not only for this one's arch.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the table's change as a diff; do not write it.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all times.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Choose from what --json wrote before; measures nothing, and the problems, backend"
+            " and batch sizes are the file's.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Time every variant that can run on this GPU and write the best as rows of a table.
+
+    Options that say what to solve take several values, separated by commas, and fan out like the
+    lists of a row. Problems that differ in next_n alone are timed once, at the largest, and share
+    their rows.
+
+    Of each problem, all variants are checked and timed at four points; at most 12 go on, to every
+    batch size in every scenario. The ranges chosen make the geometric mean of the times, weighted
+    by --mixture, least; a range more must gain 3 %.
+    """
+    weights = search.mixture(mixture)
+    if table is None and os.environ.get("KVFOLD_CONFIG"):
+        table = Path(os.environ["KVFOLD_CONFIG"])
+    if dry_run and table is None:
+        raise ValueError("--dry-run needs --table FILE, or KVFOLD_CONFIG to name it")
+    if source is not None:
+        if json_file is not None:
+            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        measured = tune_report.load(source)
+    else:
+        problems = _without_none(
+            head_dim=_list("--head-dim", head_dim, int),
+            compress_ratio=_list("--compress-ratio", compress_ratio, int),
+            overlap=None if overlap is None else (overlap,),
+            kv_dtype=_list("--kv-dtype", kv_dtype),
+            state_dtype=_list("--state-dtype", state_dtype),
+            next_n=_list("--next-n", next_n, int),
+        )
+        plan = search.Plan(
+            OP, problems, backend, _list("--batch", batch, int), tuple(weights), prefetch_state
+        )
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+        measured = _measured(plan, table, any_arch)
+        if json_file is not None:
+            tune_report.save(measured, json_file)
+    tuned = measured.choose(weights)
+    console = _console()
+    for one in tuned:
+        for view in tune_report.times(one, measured.plan):
+            console.print(view)
+    arch = "any" if any_arch else measured.arch
+    found = search.table_rows(tuned, arch)
+    print("\n".join(map(rows.written, found)))
+    if table is None:
+        return
+    other = "" if weights == search.MIXTURE else f" --mixture {mixture}"
+    comment = measured.origin + other + (" --any-arch" if any_arch else "")
+    edit = rows.replaced(table, OP, measured.plan.groups(arch), found, comment)
+    if dry_run:
+        print(edit.diff(), end="")
+        return
+    edit.write()
+    print(f"wrote {table}: {show.counts(load_table(table))}")
+
+
+def _measured(plan: search.Plan, table: Path | None, any_arch: bool) -> tune_report.Measured:
+    """Times what is planned on this machine's GPU, if the table can take its rows."""
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA GPU here, so nothing can be timed; accepted: --from FILE")
+    if plan.backend == "cuda" and (why := nvrtc.available()):
+        raise ValueError(f"backend is 'cuda', but there is no NVRTC here ({why})")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if table is not None:  # now, with any rows, for measuring takes minutes
+        arch = dispatch.arch_of(device)
+        where = "any" if any_arch else arch
+        trial = search.table_rows(search.untimed(plan, arch), where)
+        rows.replaced(table, OP, plan.groups(where), trial, plan.command)
+    with _progress() as progress:
+        task = progress.add_task("compiling")
+        return tune_gpu.run(
+            plan,
+            device,
+            lambda text, done, total: progress.update(
+                task, description=text, completed=done, total=total
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from kvfold import dispatch, nvrtc
 from kvfold.bench import timing
+from kvfold.bench.report import Report
 
 # Enough to fill every SM of today's GPUs with 16-byte loads.
 CTAS = 528
@@ -28,6 +29,11 @@ class Limit:
     def us(self, moved: int) -> float:
         """The least time of a kernel that moves so many bytes, in microseconds."""
         return moved / (1000 * self.read_bandwidth_gbs) + self.empty_node_us
+
+
+def of(report: Report) -> Limit:
+    """The limit that a report's rows were judged by."""
+    return Limit(report.read_bandwidth_gbs, report.copy_bandwidth_gbs, report.empty_node_us)
 
 
 class Kernels:

@@ -20,7 +20,7 @@ def require(file: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Draws a report into a file whose suffix says the format, such as .png, .svg or .pdf.
+    """Draws a report's first problem into a file; its suffix says the format: .png, .svg, .pdf.
 
     Raises:
         ValueError: the report has no rows, or the plot cannot be drawn into `file`.
@@ -31,16 +31,17 @@ def plot(report: Report, file: Path) -> None:
 
     if not report.rows:
         raise ValueError("the report has no rows to plot")
-    scenarios = list(dict.fromkeys(row.scenario for row in report.rows))
+    first = report.rows[0]
+    rows = [row for row in report.rows if row.problem == first.problem and row.l2 == first.l2]
+    scenarios = list(dict.fromkeys(row.scenario for row in rows))
     figure = Figure(figsize=(4.6 * len(scenarios), 4.4), layout="constrained")
     panels = figure.subplots(1, len(scenarios), sharey=True, squeeze=False)[0]
     for panel, scenario in zip(panels, scenarios, strict=True):
-        _draw(panel, [row for row in report.rows if row.scenario == scenario])
+        _draw(panel, [row for row in rows if row.scenario == scenario])
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.set_title(scenario)
         panel.set_xlabel("batch")
     panels[0].set_ylabel("microseconds per call")
-    first = report.rows[0]
     problem = ", ".join(f"{name} {value}" for name, value in first.problem.items())
     title = f"{first.op} on {report.device}, {report.date[:10]}"
     figure.suptitle(f"{title}\n{problem}; {first.l2} L2", fontsize=10)
@@ -82,7 +83,7 @@ def _labels(rows: list[Row]) -> Callable[[Row], str]:
         tunings.setdefault(row.chosen_by, []).append(row.tuning)
 
     def label(row: Row) -> str:
-        chosen = "dispatched" if row.dispatched else row.chosen_by
+        chosen = row.chosen_by.replace("table", "dispatched")
         tuning = ", ".join(dict.fromkeys(tunings[row.chosen_by]))
         place = f", page {row.page_size} {row.layout}" if len(places) > 1 else ""
         return f"{chosen} ({tuning}){place}"

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Row:
         problem: the op's problem fields.
         l2: 'cold' or 'warm'.
         variant: symbol of the kernel.
+        prefetch_state: whether the calls were made with that promise.
         bytes: what a call must move.
         limit_us: the least time for so many bytes on this device.
         efficiency: limit_us / median_us.
@@ -41,6 +42,7 @@ class Row:
     l2: str
     backend: str
     variant: str
+    prefetch_state: bool
     median_us: float
     min_us: float
     max_us: float
@@ -56,10 +58,12 @@ class Row:
 
     @property
     def chosen_by(self) -> str:
-        """'table', 'override', or for a kernel that is no variant of the op, 'yardstick'."""
-        if self.dispatched:
-            return "table"
-        return "override" if self.variant.startswith(self.op) else "yardstick"
+        """'table', 'override', or for a kernel that is no variant of the op, 'yardstick'; the
+        first two with ', prefetching' where the calls promised what that takes."""
+        if not self.variant.startswith(self.op):
+            return "yardstick"
+        chosen = "table" if self.dispatched else "override"
+        return f"{chosen}, prefetching" if self.prefetch_state else chosen
 
     @property
     def tuning(self) -> str:
@@ -68,8 +72,8 @@ class Row:
 
     @property
     def panel(self) -> tuple:
-        """What the rows of one table have in common: scenario, page size, layout."""
-        return self.scenario, self.page_size, self.layout
+        """What the rows of one table have in common: problem, scenario, page size, layout."""
+        return *self.problem.values(), self.scenario, self.page_size, self.layout
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,19 @@ class Report:
     copy_bandwidth_gbs: float
     empty_node_us: float
     rows: list[Row]
+
+
+def extended(report: Report, rows: list[Row]) -> Report:
+    """The report with rows of another run added.
+
+    Raises:
+        ValueError: the two were not measured on the same device with the same code.
+    """
+    here = environment(torch.device("cuda", torch.cuda.current_device()))
+    for name in here.keys() - {"date"}:
+        if here[name] != getattr(report, name):
+            raise ValueError(f"{name} is {here[name]!r} here, {getattr(report, name)!r} there")
+    return replace(report, rows=[*report.rows, *rows])
 
 
 def save(report: Report, file: Path) -> None:

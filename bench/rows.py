@@ -1,4 +1,4 @@
-"""Replaces rows of a table file: what else stands in it, comments too, stays as it is to the byte."""
+"""Replaces rows of a table file; all else in it, comments too, stays as it is to the byte."""
 
 import difflib
 import itertools
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kvfold.codegen import Bucket, Table, TableError, load_table
+from kvfold.codegen import Bucket, TableError, load_table
 
 WIDTH = 100
 INDENT = "  "  # of the first row of a section
@@ -42,12 +42,21 @@ class Edit:
         Raises:
             OSError: the directory or the file cannot be written.
         """
-        file = self.file.resolve()  # through a link, which stays
-        mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644
-        with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as out:
-            out.write(self.after.encode())
-        os.chmod(out.name, mode)
-        os.replace(out.name, file)
+        write_text(self.after, self.file)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Writes a file in one step, through a link if it is one, with the mode that it has.
+
+    Raises:
+        OSError: the directory or the file cannot be written.
+    """
+    file = file.resolve()
+    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644
+    with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as out:
+        out.write(text.encode())
+    os.chmod(out.name, mode)
+    os.replace(out.name, file)
 
 
 def replaced(
@@ -132,8 +141,8 @@ def _spliced(
     rows: Sequence[dict],
     comment: str,
 ) -> str:
-    text += "" if text.endswith("\n") else "\n"
     newline = "\r\n" if "\r\n" in text else "\n"
+    text += "" if text.endswith("\n") else newline
     lines = text.splitlines(keepends=True)
     offsets = list(itertools.accumulate(map(len, lines), initial=0))
     places = _places(text, lines, op)
@@ -258,7 +267,7 @@ def _indent(lines: Sequence[str], places: Sequence[_Place]) -> str:
     return line[: len(line) - len(line.lstrip())]
 
 
-def _check(text: str, buckets: Sequence[Bucket], groups: set[tuple]) -> Table:
+def _check(text: str, buckets: Sequence[Bucket], groups: set[tuple]) -> None:
     """Raises TableError unless the text is a valid table that serves all others as before."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "table.yaml"
@@ -269,7 +278,6 @@ def _check(text: str, buckets: Sequence[Bucket], groups: set[tuple]) -> Table:
         raise TableError("cannot be edited without a change to rows of other problems")
     if missing := groups - table.groups.keys():
         raise TableError(f"would have no row for {sorted(missing)[0]}")
-    return table
 
 
 def _apart(bucket: Bucket) -> Bucket:

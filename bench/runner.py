@@ -44,6 +44,7 @@ class Plan:
             hold will do.
         baseline: time the dispatched variant too, beside the override, and the yardstick.
         warm_l2: one state, replayed, in place of as many as the L2 cannot hold.
+        prefetch_state: time what the table chose a second time, with prefetch_state=True.
 
     Raises:
         TableError: a value that is not accepted.
@@ -57,6 +58,7 @@ class Plan:
     override: dict[str, int | str] = field(default_factory=dict)
     baseline: bool = False
     warm_l2: bool = False
+    prefetch_state: bool = False
 
     def __post_init__(self):
         spec = Variant.spec("problem")
@@ -103,12 +105,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something to time: `call` takes the op's arguments."""
+    """Something to time: `call` takes the op's arguments, then prefetch_state if it can."""
 
     symbol: str
     backend: str
     call: Callable[..., None]
     dispatched: bool
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether prefetch_state has an effect on it, and it is the table's choice."""
+        return self.backend == "cuda" and self.dispatched
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,16 @@ def check(plan: Plan, device: torch.device) -> Iterator[Checked]:
         yield Checked(point, cases.make(**case).emitted, error)
 
 
-def measure(plan: Plan, device: torch.device, started: Callable[[Point], None]) -> Report:
+def measure(
+    plan: Plan,
+    device: torch.device,
+    started: Callable[[Point], None],
+    best: limit.Limit | None = None,
+) -> Report:
     """Times every point on the GPU `device`, which must be torch's current one.
 
     Each kernel's results are checked before it is timed. `started` is called with every point
-    when its turn comes.
+    when its turn comes. best: the device's limit, measured first if it is not given.
 
     Raises:
         ValueError: the device is served by the reference.
@@ -145,7 +157,7 @@ def measure(plan: Plan, device: torch.device, started: Callable[[Point], None]) 
     """
     if dispatch.backend_for(device.type) == "reference":
         raise ValueError("the reference serves this GPU, so there is no kernel to time")
-    best = limit.measure(device)
+    best = best or limit.measure(device)
     rows = []
     for point in plan.points():
         started(point)
@@ -179,26 +191,30 @@ def _measure_point(
     # Not cold where memory or the most calls in a graph allow too few states.
     cold = not plan.warm_l2 and len(states) * moved > timing.l2_size(device)
     for kernel in kernels:
-        calls = [partial(kernel.call, *args) for args in arguments]
-        time = timing.replay(calls * (WARM_CALLS if plan.warm_l2 else 1))
-        yield Row(
-            op=OP,
-            scenario=point.scenario,
-            problem=plan.problem,
-            batch=point.batch,
-            page_size=point.page_size,
-            layout=plan.layout,
-            l2="cold" if cold else "warm",
-            backend=kernel.backend,
-            variant=kernel.symbol,
-            median_us=time.median_us,
-            min_us=time.min_us,
-            max_us=time.max_us,
-            bytes=moved,
-            limit_us=best.us(moved),
-            efficiency=best.us(moved) / time.median_us,
-            host_us=timing.host(calls[0]) if kernel.dispatched else None,
-        )
+        twice = plan.prefetch_state and kernel.prefetches
+        for prefetch_state in (False, True) if twice else (False,):
+            told = (True,) if prefetch_state else ()
+            calls = [partial(kernel.call, *args, *told) for args in arguments]
+            time = timing.replay(calls * (WARM_CALLS if plan.warm_l2 else 1))
+            yield Row(
+                op=OP,
+                scenario=point.scenario,
+                problem=plan.problem,
+                batch=point.batch,
+                page_size=point.page_size,
+                layout=plan.layout,
+                l2="cold" if cold else "warm",
+                backend=kernel.backend,
+                variant=kernel.symbol,
+                prefetch_state=prefetch_state,
+                median_us=time.median_us,
+                min_us=time.min_us,
+                max_us=time.max_us,
+                bytes=moved,
+                limit_us=best.us(moved),
+                efficiency=best.us(moved) / time.median_us,
+                host_us=timing.host(calls[0]) if kernel.dispatched else None,
+            )
 
 
 def _kernels(plan: Plan, point: Point, device: torch.device) -> Iterator[Kernel]:

@@ -206,7 +206,7 @@ def origin(report: Report) -> str:
 
 def times(rows: Sequence[Row]) -> Iterator[RichTable]:
     """One grid per scenario, page size and layout; overrides beside what was dispatched."""
-    dispatched = {(row.panel, row.batch): row.median_us for row in rows if row.dispatched}
+    dispatched = {(row.panel, row.batch): row.median_us for row in rows if row.chosen_by == "table"}
     for _, panel in groupby(rows, key=lambda row: row.panel):
         found = list(panel)
         first = found[0]
@@ -219,7 +219,8 @@ def times(rows: Sequence[Row]) -> Iterator[RichTable]:
         view.padding = 0
         for row in found:
             base = dispatched.get((row.panel, row.batch))
-            ratio = "" if row.dispatched or base is None else f"{row.median_us / base:.2f}x"
+            plain = row.chosen_by == "table"
+            ratio = "" if plain or base is None else f"{row.median_us / base:.2f}x"
             view.add_row(
                 str(row.batch),
                 row.tuning,

@@ -1,4 +1,4 @@
-"""The search of `kvfold tune`: which variants to time, where, and which of them serve which batches.
+"""The search of `kvfold tune`: which variants to time, where, and which batches each shall serve.
 
 Nothing here touches a GPU or a file: times come from a function that is passed in.
 """
@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from kvfold.bench import cases
@@ -15,14 +16,13 @@ from kvfold.codegen.variant import (
     POSITIVE,
     SHARED_KIB,
     SHARED_KIB_ELSEWHERE,
-    SM_THREADS,
     check_value,
     with_defaults,
 )
 from kvfold.nvrtc import Compiled
 
 BATCHES = (1, 4, 16, 32, 64, 128, 256, 512)
-MIXTURE = {"all-hit": 0.25, "spread": 0.5, "no-hit": 0.25}
+MIXTURE = {"all-hit": 0.4, "spread": 0.35, "no-hit": 0.25}
 RANGE_GAIN = 1.03  # what a range more must gain, over the whole batch axis, to be worth its row
 
 REDUCE_WARPS = (1, 2, 4, 8, 16)
@@ -103,11 +103,67 @@ def families(problems: Mapping[str, Sequence]) -> list[Family]:
     return found
 
 
-def check_batches(batches: Iterable[int]) -> tuple[int, ...]:
-    """The batch axis, ascending; raises TableError for a size that is not accepted."""
-    for batch in batches:
-        check_value("batch", batch, POSITIVE)
-    return tuple(sorted(set(batches)))
+@dataclass(frozen=True)
+class Plan:
+    """What to tune.
+
+    Attributes:
+        op: name of the op.
+        problems: problem field -> values, which fan out; fields with a default may be left out.
+        batches: the batch axis; kept ascending.
+        scenarios: where to time.
+        prefetch_state: how to call the cuda kernels.
+
+    Raises:
+        TableError: a value that is not accepted.
+    """
+
+    op: str
+    problems: Mapping[str, Sequence]
+    backend: str = "cuda"
+    batches: tuple[int, ...] = BATCHES
+    scenarios: tuple[str, ...] = tuple(MIXTURE)
+    prefetch_state: bool = True
+
+    def __post_init__(self):
+        check_value("backend", self.backend, Variant.spec("tuning")["backend"]["legal"])
+        for batch in self.batches:
+            check_value("batch", batch, POSITIVE)
+        object.__setattr__(self, "batches", tuple(sorted(set(self.batches))))
+        object.__setattr__(self, "prefetch_state", self.prefetch_state and self.backend == "cuda")
+        _ = self.families  # checks the problems
+
+    @cached_property
+    def families(self) -> list[Family]:
+        """Every family of the problems."""
+        return families(self.problems)
+
+    @property
+    def command(self) -> str:
+        """What to type for it."""
+        words = ["kvfold tune"]
+        for name, values in self.problems.items():
+            option = name.replace("_", "-")
+            if values in ((True,), (False,)):
+                words.append(f"--{option}" if values[0] else f"--no-{option}")
+            else:
+                words.append(f"--{option} {','.join(map(str, values))}")
+        if self.batches != BATCHES:
+            words.append(f"--batch {','.join(map(str, self.batches))}")
+        if self.backend != "cuda":
+            words.append(f"--backend {self.backend}")
+        elif not self.prefetch_state:
+            words.append("--no-prefetch-state")
+        return " ".join(words)
+
+    def groups(self, arch: str) -> set[tuple]:
+        """Bucket.group of every problem, for rows of this arch."""
+        keys = itertools.chain.from_iterable(family.keys for family in self.families)
+        return {(self.op, self.backend, arch, *key) for key in keys}
+
+    def candidates(self, arch: str) -> list[list[Variant]]:
+        """The candidates of each family, see `candidates`."""
+        return [candidates(self.op, one.problem, self.backend, arch) for one in self.families]
 
 
 def mixture(text: str) -> dict[str, float]:
@@ -141,13 +197,11 @@ def candidates(op: str, problem: dict[str, Any], backend: str, arch: str) -> lis
     """Every variant of a problem that is worth a trial and can run on a GPU of this arch.
 
     Raises:
-        TableError: the backend is unknown, or no variant can run.
+        TableError: no variant can run.
     """
-    spec = Variant.spec("tuning")
-    check_value("backend", backend, spec["backend"]["legal"])
     found = []
     for schedule, warps, width in itertools.product(
-        spec["schedule"]["legal"], REDUCE_WARPS, HEAD_SLICES
+        Variant.spec("tuning")["schedule"]["legal"], REDUCE_WARPS, HEAD_SLICES
     ):
         tuning = {"schedule": schedule, "reduce_warps": warps, "head_slice": width}
         try:
@@ -176,17 +230,14 @@ def _min_ctas(variant: Variant, arch: str) -> list[int]:
     if variant.backend != "cuda":
         return [1]
     shared_kib = 1 + SHARED_KIB.get(arch, SHARED_KIB_ELSEWHERE)  # an SM has one more than a CTA
-    most = min(
-        1024 * shared_kib // (variant.shared_bytes + CTA_RESERVED),
-        SM_THREADS // variant.threads,
-        variant.spec("tuning")["min_ctas"]["legal"][-1],
-    )
+    most = 1024 * shared_kib // (variant.shared_bytes + CTA_RESERVED)
     fitting = {
         min(most, SM_REGISTERS // (variant.threads * registers)) for registers in REGISTER_BUDGETS
     }
     several = sorted(ctas for ctas in fitting if ctas >= 2)
     # A persistent kernel launches that many, so one alone would leave most of the SM idle.
-    return several or [1] if variant.schedule == "persistent" else [1, *several]
+    alone = variant.schedule == "direct" or not several
+    return [1, *several] if alone else several
 
 
 def distinct(compiled: Iterable[tuple[Variant, Compiled]]) -> list[Variant]:
@@ -211,12 +262,12 @@ def distinct(compiled: Iterable[tuple[Variant, Compiled]]) -> list[Variant]:
 def first_points(batches: Sequence[int], scenarios: Sequence[str]) -> list[Point]:
     """Where all candidates are timed: the ends and the middle of the batch axis, all-hit.
 
-    And the largest batch of spread, where schedules differ the most.
+    And the largest batch of spread, where the schedules differ most.
     """
-    ends = dict.fromkeys((batches[0], batches[len(batches) // 2], batches[-1]))
-    points = [("all-hit", batch) for batch in ends] + [("spread", batches[-1])]
-    chosen = [point for point in points if point[0] in scenarios]
-    return chosen or [(scenarios[0], batch) for batch in ends]
+    main = "all-hit" if "all-hit" in scenarios else scenarios[0]
+    points = [(main, batch) for batch in (batches[0], batches[len(batches) // 2], batches[-1])]
+    points += [("spread", batches[-1])] if "spread" in scenarios else []
+    return list(dict.fromkeys(points))
 
 
 def most_times(count: int, batches: Sequence[int], scenarios: Sequence[str]) -> int:
@@ -289,6 +340,12 @@ def choose(times: Times, batches: Sequence[int], weights: Mapping[str, float]) -
     return tuple(ranges)
 
 
+def untimed(plan: Plan, arch: str) -> list[Tuned]:
+    """Each family's first candidate for all batches: rows to try whether a table takes them."""
+    found = zip(plan.families, plan.candidates(arch), strict=True)
+    return [Tuned(family, {}, (Range(candidates[0], 1, None),)) for family, candidates in found]
+
+
 def cut(costs: Sequence[Sequence[float]], penalty: float) -> list[tuple[int, int]]:
     """Cuts an axis into ranges of one candidate each, at least cost.
 
@@ -301,7 +358,7 @@ def cut(costs: Sequence[Sequence[float]], penalty: float) -> list[tuple[int, int
     """
     places = len(costs[0])
     sums = [list(itertools.accumulate(row, initial=0.0)) for row in costs]
-    best = [(-penalty, [])]  # of the places before each: the least cost and its ranges
+    best = [(0.0, [])]  # of the places before each: the least cost and its ranges
     for end in range(1, places + 1):
         best.append(
             min(

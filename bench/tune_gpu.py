@@ -2,41 +2,73 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from kvfold import nvrtc
-from kvfold.bench import build, cases, timing, tune, verify
+from kvfold import dispatch, nvrtc
+from kvfold.bench import build, cases, report, timing, tune, verify
+from kvfold.bench.tune_report import Measured
 from kvfold.bench.verify import WrongResult
 from kvfold.codegen import Variant
 from kvfold.nvrtc import Compiled
 
-MOST_STATES = 256  # per point; more make small batches no slower, but their graphs long to capture
+MOST_STATES = 256  # per point; small batches would take thousands to leave the L2, and long
 CHECKED_BATCH = verify.ORACLE_BATCH + 1  # past what plain loops check, which would take longer
 
 
-def compiled(found: Sequence[Variant], arch: str) -> Iterator[tuple[Variant, Compiled]]:
-    """Compiles cuda variants on all cores; yields each as soon as it is done.
+def run(
+    plan: tune.Plan, device: torch.device, progress: Callable[[str, int, int], None]
+) -> Measured:
+    """Times the candidates of every family on the GPU `device`, torch's current one.
+
+    Args:
+        progress: called with what is being done, how many are done, and of how many.
 
     Raises:
-        CompileError: one does not compile.
+        TableError: a problem that no variant can solve.
+        CompileError: a candidate does not compile.
+        WrongResult: a candidate is wrong.
     """
-    by_symbol = {variant.symbol: variant for variant in found}
-    for one in build.compile_all((variant, arch) for variant in found):
-        yield by_symbol[one.symbol], one
+    arch = dispatch.arch_of(device)
+    found = plan.candidates(arch)
+    codes = {}
+    if plan.backend == "cuda":
+        jobs = {v.symbol: v for v in itertools.chain.from_iterable(found)}
+        progress("compiling", 0, len(jobs))
+        for code in build.compile_all((variant, arch) for variant in jobs.values()):
+            codes[jobs[code.symbol]] = code
+            progress("compiling", len(codes), len(jobs))
+        found = [tune.distinct((v, codes[v]) for v in candidates) for candidates in found]
+
+    # How many survive is known late, so the bar may jump at a family's end.
+    most = [tune.most_times(len(one), plan.batches, plan.scenarios) for one in found]
+    times = []
+    for index, (family, candidates) in enumerate(zip(plan.families, found, strict=True)):
+        timer = Timer(family.problem, device, codes, plan.prefetch_state)
+        text = f"timing problem {index + 1} of {len(found)}"
+        count = itertools.count(sum(most[:index]))
+
+        def time(*point, timer=timer, text=text, count=count) -> float:
+            progress(text, next(count), sum(most))
+            return timer(*point)
+
+        times.append(tune.measure(candidates, time, plan.batches, plan.scenarios))
+    return Measured(**report.environment(device), arch=arch, plan=plan, times=times)
 
 
-def launcher(variant: Variant, code: Compiled | None) -> Callable[..., None]:
-    """What runs a variant on the op's arguments and prefetch_state, on the current device.
+def launcher(variant: Variant, code: Compiled | None, prefetch_state: bool) -> Callable[..., None]:
+    """What runs a variant on the op's first twelve arguments, on the current device.
 
     Args:
         code: of a cuda variant; a Triton kernel compiles when it is called.
+        prefetch_state: the op's last argument.
     """
     module = importlib.import_module(f"kvfold.ops.{variant.op}.{variant.backend}_kernel")
     subject = variant if code is None else nvrtc.Kernel(variant, code.cubin)
-    return functools.partial(module.launch, subject)
+    return functools.partial(module.launch, subject, prefetch_state=prefetch_state)
 
 
 class Timer:
@@ -72,17 +104,18 @@ class Timer:
             self._point, self._arguments = None, []  # gone before the next states need the room
             self._arguments = self._states(scenario, batch)
             self._point = scenario, batch
-        calls = [functools.partial(call, *args, self._prefetch_state) for args in self._arguments]
+        calls = [functools.partial(call, *args) for args in self._arguments]
         return timing.replay(calls).median_us
 
     def _checked(self, variant: Variant) -> Callable[..., None]:
-        call = launcher(variant, self._codes.get(variant))
+        code = self._codes.get(variant)
+        call = launcher(variant, code, self._prefetch_state)
 
         def settled(*args) -> None:
             # With prefetch_state the kernel may read before the one that made its input has ended.
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            call(*args, self._prefetch_state)
+            call(*args)
 
         case = self._problem | {"batch": CHECKED_BATCH, "device": self._device}
         try:
@@ -93,7 +126,7 @@ class Timer:
         return call
 
     def _states(self, scenario: str, batch: int) -> list[tuple]:
-        """Arguments of as many states as it takes that none is in the L2 when its turn comes."""
+        """Arguments of so many states that none is in the L2 in its turn, or of MOST_STATES."""
         case = self._problem | {"scenario": scenario, "batch": batch, "device": self._device}
         first = cases.make(**case)
         count = min(MOST_STATES, timing.states_for(first.bytes, first.allocated, self._device))
@@ -101,29 +134,3 @@ class Timer:
             cases.sharing_metadata(cases.make(**case, seed=seed), first) for seed in range(1, count)
         )
         return [first.args(), *(other.args() for other in others)]
-
-
-def measure(
-    family: tune.Family,
-    found: Sequence[Variant],
-    codes: Mapping[Variant, Compiled],
-    device: torch.device,
-    *,
-    batches: Sequence[int],
-    scenarios: Sequence[str],
-    prefetch_state: bool,
-    timed: Callable[[], None],
-) -> tune.Times:
-    """Times a family's candidates on the GPU `device`; `timed` is called after every time taken.
-
-    Raises:
-        WrongResult: a candidate is wrong.
-    """
-    timer = Timer(family.problem, device, codes, prefetch_state)
-
-    def time(variant: Variant, scenario: str, batch: int) -> float:
-        us = timer(variant, scenario, batch)
-        timed()
-        return us
-
-    return tune.measure(found, time, batches, scenarios)

@@ -2,41 +2,41 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from kvfold.bench import report, show, tune
+from kvfold.bench import rows, show, tune
 from kvfold.codegen import Variant
-from kvfold.ops.paged_kv_compress.op import OP
 
 
 @dataclass(frozen=True)
 class Measured:
     """All times of one run and where they come from.
 
+    The first fields are those of `report.environment`.
+
     Attributes:
-        device: name of the GPU.
-        environment: the rest of what `report.environment` says.
-        arch: of the GPU, 'sm_90'.
-        command: what to type for such a run.
-        batches: the batch axis, ascending.
-        families: with the times of each.
+        arch: of the GPU, as 'sm_90'.
+        plan: what was to be measured.
+        times: of each of its families.
     """
 
     device: str
-    environment: dict
+    driver: str | None
+    versions: dict[str, str | None]
+    date: str
+    commit: str | None
+    config_fingerprint: str
     arch: str
-    backend: str
-    command: str
-    batches: tuple[int, ...]
-    families: list[tuple[tune.Family, tune.Times]]
+    plan: tune.Plan
+    times: list[tune.Times]
 
     @property
     def origin(self) -> str:
-        """What stands above the rows in a table: '<device>, <date>, <command>'."""
-        return f"{self.device}, {self.environment['date'][:10]}, {self.command}"
+        """Where rows come from: '<device>, <date>, <command>'."""
+        return f"{self.device}, {self.date[:10]}, {self.plan.command}"
 
     def choose(self, weights: Mapping[str, float]) -> list[tune.Tuned]:
         """Chooses the ranges of every family.
@@ -44,43 +44,39 @@ class Measured:
         Raises:
             ValueError: a scenario was not timed.
         """
-        tuned = []
-        for family, times in self.families:
-            timed = {scenario for points in times.values() for scenario, _ in points}
-            if missing := [name for name in weights if name not in timed]:
-                accepted = ", ".join(sorted(timed))
-                raise ValueError(f"mixture names {missing[0]}, which was not timed; timed: {accepted}")
-            tuned.append(tune.Tuned(family, times, tune.choose(times, self.batches, weights)))
-        return tuned
-
-    def groups(self, arch: str) -> set[tuple]:
-        """Bucket.group of every problem tuned, for rows of this arch."""
-        return {(OP, self.backend, arch, *key) for family, _ in self.families for key in family.keys}
+        for name in weights:
+            if name not in self.plan.scenarios:
+                timed = ", ".join(self.plan.scenarios)
+                raise ValueError(f"mixture names {name}, which was not timed; accepted: {timed}")
+        return [
+            tune.Tuned(family, times, tune.choose(times, self.plan.batches, weights))
+            for family, times in zip(self.plan.families, self.times, strict=True)
+        ]
 
 
 def save(measured: Measured, file: Path) -> None:
-    """Writes the measurements as JSON in one step; times in microseconds."""
-    content = asdict(measured) | {
-        "families": [
-            {
-                "problem": family.problem,
-                "next_n": family.next_n,
-                "variants": [
-                    {
-                        "variant": variant.symbol,
-                        "tuning": variant.tuning,
-                        "times": [
-                            {"scenario": scenario, "batch": batch, "median_us": round(us, 4)}
-                            for (scenario, batch), us in points.items()
-                        ],
-                    }
-                    for variant, points in times.items()
-                ],
-            }
-            for family, times in measured.families
-        ]
-    }
-    report.write(json.dumps(content, indent=1) + "\n", file)
+    """Writes the measurements as JSON in one step."""
+    parts = {field.name: getattr(measured, field.name) for field in fields(Measured)}
+    plan = {field.name: getattr(measured.plan, field.name) for field in fields(tune.Plan)}
+    families = [
+        {
+            "problem": family.problem,
+            "variants": [
+                {
+                    "variant": variant.symbol,
+                    "tuning": variant.tuning,
+                    "times": [
+                        {"scenario": scenario, "batch": batch, "median_us": round(us, 4)}
+                        for (scenario, batch), us in points.items()
+                    ],
+                }
+                for variant, points in times.items()
+            ],
+        }
+        for family, times in zip(measured.plan.families, measured.times, strict=True)
+    ]
+    content = parts | {"plan": plan, "times": families}
+    rows.write_text(json.dumps(content, indent=1) + "\n", file)
 
 
 def load(file: Path) -> Measured:
@@ -92,39 +88,37 @@ def load(file: Path) -> Measured:
     """
     try:
         content = json.loads(file.read_text())
-        content["families"] = [_family(one) for one in content["families"]]
-        content["batches"] = tuple(content["batches"])
-        return Measured(**{field.name: content[field.name] for field in fields(Measured)})
+        plan = content.pop("plan")
+        lists = {name: tuple(plan.pop(name)) for name in ("batches", "scenarios")}
+        problems = {name: tuple(values) for name, values in plan.pop("problems").items()}
+        plan = tune.Plan(problems=problems, **lists, **plan)
+        times = [_times(plan.op, one) for one in content.pop("times")]
+        return Measured(**content, plan=plan, times=times)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} holds no measurements of kvfold tune ({error})") from None
 
 
-def _family(content: dict) -> tuple[tune.Family, tune.Times]:
-    times = {
-        Variant(op=OP, **content["problem"], **one["tuning"]): {
+def _times(op: str, family: dict) -> tune.Times:
+    return {
+        Variant(op=op, **family["problem"], **one["tuning"]): {
             (time["scenario"], time["batch"]): time["median_us"] for time in one["times"]
         }
-        for one in content["variants"]
+        for one in family["variants"]
     }
-    return tune.Family(content["problem"], tuple(content["next_n"])), times
 
 
-def times(tuned: tune.Tuned, batches: tuple[int, ...]) -> Iterator[RichTable]:
+def times(tuned: tune.Tuned, plan: tune.Plan) -> Iterator[RichTable]:
     """A family's times, one grid per scenario: of every variant that was timed everywhere.
 
     Those chosen are bold where they serve.
     """
-    chosen = {}
+    batches, chosen = plan.batches, {}
     for one in tuned.ranges:
         last = one.max_batch or batches[-1]
         chosen |= {batch: one.variant for batch in batches if one.min_batch <= batch <= last}
-    scenarios = dict.fromkeys(scenario for points in tuned.times.values() for scenario, _ in points)
-    everywhere = [
-        variant
-        for variant, points in tuned.times.items()
-        if len(points) == len(scenarios) * len(batches)
-    ]
-    for scenario in scenarios:
+    count = len(batches) * len(plan.scenarios)
+    everywhere = [variant for variant, points in tuned.times.items() if len(points) == count]
+    for scenario in plan.scenarios:
         title = f"{scenario}: {tuned.family}; us by batch size"
         view = show.grid(title, ["variant"], list(map(str, batches)))
         view.padding = 0
@@ -133,7 +127,7 @@ def times(tuned: tune.Tuned, batches: tuple[int, ...]) -> Iterator[RichTable]:
             view.add_row(
                 label(variant),
                 *(
-                    f"[bold green]{text}[/]" if chosen[batch] == variant else text
+                    f"[bold]{text}[/]" if chosen[batch] == variant else text
                     for batch, text in zip(batches, texts, strict=True)
                 ),
             )

@@ -260,6 +260,7 @@ def test_bench_shows_and_plots_a_results_file_without_a_gpu(no_gpu, tmp_path):
         "l2": "cold",
         "backend": "cuda",
         "variant": "paged_kv_compress_hd64_n4_w8_s64",
+        "prefetch_state": False,
         "median_us": 5.0,
         "min_us": 4.5,
         "max_us": 6.0,
@@ -298,8 +299,9 @@ def test_bench_shows_and_plots_a_results_file_without_a_gpu(no_gpu, tmp_path):
 def test_bench_hands_its_options_to_the_runner(monkeypatch, tmp_path):
     plans, saved = [], []
 
-    def measure(plan, device, started):
+    def measure(plan, device, started, best):
         plans.append(plan)
+        assert best is None
         started(plan.points()[0])
         return "report"
 
@@ -310,12 +312,16 @@ def test_bench_hands_its_options_to_the_runner(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "save", lambda done, file: saved.append((done, file)))
     kvfold_command("bench", "--json", tmp_path / "a.json", "--baseline", "--page-size", "16,32")
     kvfold_command("bench", "--override", "backend=triton", "--override", "head_slice=32")
-    kvfold_command("bench", "--warm-l2", "--batch", "7", "--no-overlap", "--compress-ratio", 4)
+    kvfold_command(
+        "bench", "--warm-l2", "--batch", "7", "--no-overlap", "--compress-ratio", 4,
+        "--prefetch-state",
+    )  # fmt: skip
     first, second, third = plans
     assert first.baseline and first.override == {"reduce_warps": 1} and not first.warm_l2
     assert first.key == (512, 128, False, "bf16", "fp32", 4) and first.page_sizes == (16, 32)
     assert first.batches == (1, 16, 64, 128, 256, 512) and len(first.points()) == 36
     assert second.override == {"backend": "triton", "head_slice": 32} and not second.baseline
+    assert third.prefetch_state and not second.prefetch_state
     assert third.warm_l2 and third.batches == (7,) and third.key[2] is False
     assert saved == [("report", tmp_path / "a.json")]
 

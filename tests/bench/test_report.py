@@ -30,6 +30,7 @@ def row(scenario: str, batch: int, median: float, tuning: str, host: float | Non
         l2="cold",
         backend="cuda",
         variant=f"paged_kv_compress_hd512_r128_bf16_fp32_n4_{tuning}",
+        prefetch_state=False,
         median_us=median,
         min_us=0.9 * median,
         max_us=1.2 * median,
@@ -47,6 +48,8 @@ def synthetic() -> Report:
         for batch in (1, 16, 128):
             rows.append(row(scenario, batch, 2 + batch / 7, "w8_s64", 17.123456789))
             rows.append(row(scenario, batch, 20 + batch / 3, "w1_s64", None))
+            early = row(scenario, batch, 1 + batch / 7, "w8_s64", 16.0)
+            rows.append(replace(early, prefetch_state=True))
             other = row(scenario, batch, 60 + batch / 3, "", None)
             rows.append(replace(other, variant="row_by_row"))
     return Report(
@@ -89,6 +92,7 @@ def test_a_results_file_has_the_documented_fields_and_comes_back(tmp_path, synth
         "l2",
         "backend",
         "variant",
+        "prefetch_state",
         "median_us",
         "min_us",
         "max_us",
@@ -164,6 +168,7 @@ def test_a_plot_has_a_panel_per_scenario_and_a_line_per_kernel(tmp_path, synthet
         labels = [text.get_text() for text in panel.get_legend().get_texts()]
         assert sorted(labels) == [
             "dispatched (w8_s64)",
+            "dispatched, prefetching (w8_s64)",
             "limit",
             "override (w1_s64)",
             "yardstick (row_by_row)",

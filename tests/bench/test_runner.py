@@ -153,6 +153,23 @@ def test_a_run_without_baseline_times_one_kernel(gpu_on_cpu, monkeypatch):
     assert not any(row.dispatched for row in measured(override={"reduce_warps": 1}).rows)
 
 
+def test_a_run_may_time_the_dispatched_variant_prefetching_too(gpu_on_cpu, monkeypatch):
+    told = []
+
+    def op(*args):
+        told.append(args[12:])
+        reference.paged_kv_compress(*args)
+
+    monkeypatch.setattr(runner.kvfold, "paged_kv_compress", op)
+    rows = measured(scenarios=("all-hit",), prefetch_state=True, baseline=True).rows
+    assert [(row.chosen_by, row.prefetch_state) for row in rows[:3]] == [
+        ("table", False),
+        ("table, prefetching", True),
+        ("yardstick", False),
+    ]
+    assert set(told) == {(), (True,)}
+
+
 def test_a_wrong_kernel_is_not_timed(gpu_on_cpu, monkeypatch):
     monkeypatch.setattr(runner, "run_variant", lambda variant, *args: None)
     with pytest.raises(WrongResult, match=r"paged_kv_compress_hd128_r128_.*_w1_.* is wrong at"):

@@ -71,8 +71,9 @@ def test_dispatcher_agrees_on_every_batch_size_of_the_shipped_table():
     for key in some:
         for backend in ("cuda", "triton"):
             for batch in (*range(1, 130), *range(130, 2001, 17)):
-                variant = table.select(OP, batch=batch, backend=backend, **keys[key])
-                assert select(OP, backend, "sm_90", key, batch) == variant.symbol
+                for arch in ("sm_90", "sm_120"):  # one that has rows of its own, one that has none
+                    variant = table.select(OP, batch=batch, backend=backend, arch=arch, **keys[key])
+                    assert select(OP, backend, arch, key, batch) == variant.symbol
 
 
 def test_dispatcher_falls_back_to_any_and_knows_no_more(load):

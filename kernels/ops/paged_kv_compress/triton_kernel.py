@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kvfold.codegen import Variant
 
-
 REGISTERS = 65536  # of an SM
 
 
