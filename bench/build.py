@@ -13,12 +13,12 @@ from kvfold.nvrtc import Compiled
 
 def variants_for(table: Table, arch: str) -> list[Variant]:
     """The table's CUDA variants that a GPU of this arch ('sm_90') may run, each once."""
-    found = (
-        bucket.variant
-        for bucket in table.buckets
-        if bucket.variant.backend == "cuda" and bucket.arch in ("any", arch)
-    )
-    return list(dict.fromkeys(found))
+    found = {}
+    for (op, backend, where, *key), buckets in table.groups.items():
+        own = where == "any" and (op, backend, arch, *key) in table.groups  # goes before
+        if backend == "cuda" and where in ("any", arch) and not own:
+            found.update((bucket.variant, None) for bucket in buckets)
+    return list(found)
 
 
 def compile_all(jobs: Iterable[tuple[Variant, str]]) -> Iterator[Compiled]:

@@ -18,7 +18,7 @@ from kvfold import dispatch, nvrtc
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One kernel at one point. Times in microseconds per call; None where a field does not apply.
 
@@ -42,7 +42,7 @@ class Row:
     l2: str
     backend: str
     variant: str
-    prefetch_state: bool
+    prefetch_state: bool = False  # not in files from before there was the choice
     median_us: float
     min_us: float
     max_us: float

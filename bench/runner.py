@@ -238,7 +238,10 @@ def overridden(variant: Variant, override: dict[str, int | str], arch: str) -> V
         TableError: it cannot run.
     """
     try:
-        other = replace(variant, **{"min_ctas": 1} | override)  # its registers are not known
+        # Fields that may be left out are: what suits the variant as it is says nothing of another.
+        spec = Variant.spec("tuning")
+        given = {name: variant.tuning[name] for name in spec if not spec[name]["default"]}
+        other = replace(variant, **with_defaults(given | override, spec))
         other.check_shared(arch)
     except TableError as error:
         raise TableError(f"override of {variant.symbol}: {error}") from None

@@ -7,6 +7,9 @@ import torch
 
 GPU = torch.cuda.is_available()
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # or the workers' threads are many times the machine's
+
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 

@@ -65,12 +65,13 @@ def small(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "mentions"),
     [
-        ((), ["table", "build", "demo", "bench"]),
+        ((), ["table", "build", "demo", "bench", "tune"]),
         (("table",), ["list", "check", "explain", "KVFOLD_CONFIG"]),
         (("table", "list"), ["--all", "--json"]),
         (("table", "check"), ["FILE", "exit code 2"]),
         (("table", "explain"), ["--head-dim", "--compress-ratio", "--batch", "--arch"]),
         (("build",), ["--arch", "--out", "--emit", "no GPU"]),
+        (("tune",), ["--head-dim", "--batch", "--mixture", "--table", "--dry-run", "--from"]),
         (("demo",), ["--steps", "--seed", "--device"]),
         (("bench",), ["--override", "--baseline", "--warm-l2", "--json", "--plot", "--from"]),
     ],

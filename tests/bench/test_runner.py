@@ -62,6 +62,14 @@ def test_an_override_may_be_any_variant_that_can_run():
     assert runner.overridden(variant, {"backend": "triton"}, "any").shared_bytes == 0
 
 
+def test_an_override_leaves_out_what_a_row_may_leave_out():
+    variant = load_table().select("paged_kv_compress", batch=512, arch="sm_90", **PRODUCTION)
+    assert variant.schedule == "persistent" and variant.min_ctas > 1
+    other = runner.overridden(variant, {"reduce_warps": 1}, "sm_90")
+    assert (other.schedule, other.min_ctas, other.reduce_warps) == ("direct", 1, 1)
+    assert other.head_slice == variant.head_slice
+
+
 def test_an_override_must_fit_the_shared_memory_of_the_gpu_at_hand(monkeypatch):
     variant = load_table().select("paged_kv_compress", batch=16, **PRODUCTION)
     asked = []
