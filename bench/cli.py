@@ -484,7 +484,7 @@ def tune(
 
     Of each problem, all variants are checked and timed at four points; at most 12 go on, to every
     batch size in every scenario. The ranges chosen make the geometric mean of the times, weighted
-    by --mixture, least; a range more must gain 3 %.
+    by --mixture, least; a range more must gain 3 % at some batch size.
     """
     weights = search.mixture(mixture)
     if table is None and os.environ.get("KVFOLD_CONFIG"):
@@ -512,12 +512,12 @@ def tune(
         measured = _measured(plan, table, any_arch)
         if json_file is not None:
             tune_report.save(measured, json_file)
-    tuned = measured.choose(weights)
+    arch = "any" if any_arch else measured.arch
+    tuned = measured.choose(weights, arch)
     console = _console()
     for one in tuned:
         for view in tune_report.times(one, measured.plan):
             console.print(view)
-    arch = "any" if any_arch else measured.arch
     found = search.table_rows(tuned, arch)
     print("\n".join(map(rows.written, found)))
     if table is None:

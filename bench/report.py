@@ -58,12 +58,10 @@ class Row:
 
     @property
     def chosen_by(self) -> str:
-        """'table', 'override', or for a kernel that is no variant of the op, 'yardstick'; the
-        first two with ', prefetching' where the calls promised what that takes."""
-        if not self.variant.startswith(self.op):
-            return "yardstick"
-        chosen = "table" if self.dispatched else "override"
-        return f"{chosen}, prefetching" if self.prefetch_state else chosen
+        """'table', 'table, prefetching', 'override', or for no variant of the op 'yardstick'."""
+        if self.dispatched:
+            return "table, prefetching" if self.prefetch_state else "table"
+        return "override" if self.variant.startswith(self.op) else "yardstick"
 
     @property
     def tuning(self) -> str:

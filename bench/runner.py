@@ -11,7 +11,7 @@ import kvfold
 from kvfold import dispatch
 from kvfold.bench import cases, limit, report, row_by_row, timing
 from kvfold.bench.report import Report, Row
-from kvfold.bench.verify import WrongResult, verify
+from kvfold.bench.verify import WrongResult, settled, verify
 from kvfold.codegen import TableError, Variant
 from kvfold.codegen.variant import POSITIVE, check_value, with_defaults
 from kvfold.ops.paged_kv_compress.op import OP, run_variant
@@ -178,6 +178,9 @@ def _measure_point(
     kernels = list(_kernels(plan, point, device))
     for kernel in kernels:
         _verified(kernel.call, point, kernel.symbol, case)
+        if plan.prefetch_state and kernel.prefetches:
+            call = settled(lambda *args, kernel=kernel: kernel.call(*args, True), device)
+            _verified(call, point, f"{kernel.symbol}, prefetching,", case)
     first = cases.make(**case)
     states = [first]
     if not plan.warm_l2:

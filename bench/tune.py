@@ -23,7 +23,7 @@ from kvfold.nvrtc import Compiled
 
 BATCHES = (1, 4, 16, 32, 64, 128, 256, 512)
 MIXTURE = {"all-hit": 0.4, "spread": 0.35, "no-hit": 0.25}
-RANGE_GAIN = 1.03  # what a range more must gain, over the whole batch axis, to be worth its row
+RANGE_GAIN = 1.03  # what a range more must gain, all batches together, to be worth its row
 
 REDUCE_WARPS = (1, 2, 4, 8, 16)
 HEAD_SLICES = (16, 32, 64, 128, 256, 512)
@@ -227,8 +227,6 @@ def _tile(variant: Variant) -> float:
 
 def _min_ctas(variant: Variant, arch: str) -> list[int]:
     """Values of min_ctas to try: from a budget of registers, as far as shared memory allows."""
-    if variant.backend != "cuda":
-        return [1]
     shared_kib = 1 + SHARED_KIB.get(arch, SHARED_KIB_ELSEWHERE)  # an SM has one more than a CTA
     most = 1024 * shared_kib // (variant.shared_bytes + CTA_RESERVED)
     fitting = {
@@ -253,6 +251,8 @@ def distinct(compiled: Iterable[tuple[Variant, Compiled]]) -> list[Variant]:
             same = code.registers if direct else variant.min_ctas
             found.setdefault((variant.schedule, variant.reduce_warps, variant.head_slice, same),
                              variant)  # fmt: skip
+    if not found:
+        raise TableError("every variant that could be timed spills registers")
     return list(found.values())
 
 
@@ -316,16 +316,25 @@ def survivors(times: Times, points: Sequence[Point]) -> list[Variant]:
 # ---- choosing ------------------------------------------------------------------------------------
 
 
-def choose(times: Times, batches: Sequence[int], weights: Mapping[str, float]) -> tuple[Range, ...]:
+def choose(
+    times: Times, batches: Sequence[int], weights: Mapping[str, float], arch: str
+) -> tuple[Range, ...]:
     """The ranges that make the weighted geometric mean of the times least, over all batches.
 
     Args:
         times: a variant that was not timed everywhere is left out.
         batches: the batch axis, ascending.
         weights: scenario -> weight; they add up to 1.
+        arch: 'any' or 'sm_90': what the rows are for; a variant that cannot run there is left out.
     """
     points = list(itertools.product(weights, batches))
-    found = [variant for variant in times if all(point in times[variant] for point in points)]
+    found = [
+        variant
+        for variant in times
+        if all(point in times[variant] for point in points) and _runs(variant, arch)
+    ]
+    if not found:
+        raise TableError(f"none of the variants that were timed can run on arch {arch}")
     costs = [
         [sum(weights[s] * math.log(times[variant][s, b]) for s in weights) for b in batches]
         for variant in found
@@ -338,6 +347,14 @@ def choose(times: Times, batches: Sequence[int], weights: Mapping[str, float]) -
         ranges.append(Range(found[index], first, bound))
         first = bound and bound + 1
     return tuple(ranges)
+
+
+def _runs(variant: Variant, arch: str) -> bool:
+    try:
+        variant.check_shared(arch)
+    except TableError:
+        return False
+    return True
 
 
 def untimed(plan: Plan, arch: str) -> list[Tuned]:

@@ -111,15 +111,9 @@ class Timer:
         code = self._codes.get(variant)
         call = launcher(variant, code, self._prefetch_state)
 
-        def settled(*args) -> None:
-            # With prefetch_state the kernel may read before the one that made its input has ended.
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            call(*args)
-
         case = self._problem | {"batch": CHECKED_BATCH, "device": self._device}
         try:
-            verify.verify(settled, **case)
+            verify.verify(verify.settled(call, self._device), **case)
         except WrongResult as error:
             raise WrongResult(f"{variant.symbol} is wrong: {error}") from None
         self._calls[variant] = call

@@ -38,8 +38,8 @@ class Measured:
         """Where rows come from: '<device>, <date>, <command>'."""
         return f"{self.device}, {self.date[:10]}, {self.plan.command}"
 
-    def choose(self, weights: Mapping[str, float]) -> list[tune.Tuned]:
-        """Chooses the ranges of every family.
+    def choose(self, weights: Mapping[str, float], arch: str) -> list[tune.Tuned]:
+        """Chooses the ranges of every family, for rows of this arch.
 
         Raises:
             ValueError: a scenario was not timed.
@@ -49,7 +49,7 @@ class Measured:
                 timed = ", ".join(self.plan.scenarios)
                 raise ValueError(f"mixture names {name}, which was not timed; accepted: {timed}")
         return [
-            tune.Tuned(family, times, tune.choose(times, self.plan.batches, weights))
+            tune.Tuned(family, times, tune.choose(times, self.plan.batches, weights, arch))
             for family, times in zip(self.plan.families, self.times, strict=True)
         ]
 

@@ -42,6 +42,17 @@ def verify(call: Callable[..., None], **problem) -> float:
     return compare_output(case.output, output)
 
 
+def settled(call: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    """The call, with all work before it done: what prefetch_state=True takes for granted."""
+
+    def after_all_else(*args) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        call(*args)
+
+    return after_all_else
+
+
 def compare_output(got: Tensor, want: Tensor) -> float:
     """The largest |got - want|, both [rows, head_dim]; NaN only equals NaN.
 

@@ -18,7 +18,7 @@ POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
 MAX_THREADS = 1024
 SM_THREADS = 1536  # that every arch has
 LEAF_QUADS = 4  # a leaf of the reduction tree: so many times four rows
-LISTED = 480  # so that six CTAs of 128 threads fit in an H200's SM
+LISTED = 480
 # KiB of shared memory a CTA may ask for. Archs not listed are taken to have as little as the least.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
 SHARED_KIB_ELSEWHERE = 99  # of sm_86, sm_89, sm_120, sm_121
@@ -253,7 +253,7 @@ class Variant:
         if not persistent:
             return partials + (held if held_quads > 1 else 0)  # one quad stays in registers
         new = self.next_n * head_slice * (2 * ITEM_BYTES[self.kv_dtype] + 4)
-        return held + new + 2 * partials + 2 * self.listed + self.listed // 8
+        return held + 2 * new + 2 * partials + 2 * self.listed + self.listed // 8
 
     def _group_quads(self, head_slice: int | None = None) -> int:
         """Quads of a window's rows that fall to one thread."""

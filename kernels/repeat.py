@@ -7,7 +7,7 @@ all tensors' layouts with those of one earlier call in C++.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -16,36 +16,50 @@ try:
 except ImportError:  # a torch that has no such guard: every call takes the long way
     TensorGuards = None
 
-MOST = 256  # looks kept; more than an engine's batch sizes times its kinds of layers
+MOST = 1024  # looks kept; more than an engine's batch sizes times its kinds of layers
 
-_known: dict[tuple, tuple[Callable, Callable]] = {}
+_known: dict[Hashable, tuple[Callable, Callable]] = {}
 
 
 def nobody_watches() -> bool:
     """Whether nothing wants to see the op's call that a guard does not know of.
 
-    A guard knows of tensor subclasses, gradients, function transforms and dispatch modes: all of
-    them change a tensor's type or dispatch keys.
+    A guard knows of tensor subclasses, gradients and function transforms, which change a tensor's
+    type or dispatch keys, but not of every mode.
     """
     return not (
-        torch._C._len_torch_function_stack()
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )
 
 
-def find(look: tuple, tensors: tuple) -> Callable | None:
+def find(look: Hashable, tensors: Sequence[torch.Tensor]) -> Callable | None:
     """What `remember` was given for a call whose tensors were laid out like these, or None."""
     known = _known.get(look)
     return known[1] if known is not None and known[0](*tensors) else None
 
 
-def remember(look: tuple, tensors: tuple, launch: Callable) -> None:
-    """Keeps `launch` for calls like this one; look: hashable, cheap, tells most layouts apart."""
-    if TensorGuards is None or _transformed() or not all(map(_is_plain, tensors)):
-        return
+def can_remember(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a guard can tell calls like one with these tensors, each of which must differ."""
+    return (
+        TensorGuards is not None
+        and len(set(map(id, tensors))) == len(tensors)
+        and all(map(_is_plain, tensors))
+        and not _transformed()
+    )
+
+
+def remember(look: Hashable, tensors: Sequence[torch.Tensor], launch: Callable) -> None:
+    """Keeps `launch` for calls like this one, which can_remember().
+
+    Args:
+        look: cheap to make, and tells apart what a program may have at once: of calls with one
+            look only the last is known.
+    """
     if len(_known) >= MOST:
-        _known.clear()
+        del _known[next(iter(_known))]  # the oldest
     guard = TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],

@@ -84,13 +84,13 @@ def test_key_problem_tuning():
     [
         ({}, 4, 8, 256, 128 * 64 * 8 + 12 * 8 * 64),
         ({"state_dtype": "bf16"}, 8, 8, 256, 12 * 8 * 64),  # four rows a thread: in registers
-        # ... and fetched ahead: rows, new rows, two sets of partials, the list of 480 and its bits.
+        # ... and fetched ahead: rows, two sets of new rows, two of partials, the list and its bits.
         (
             {"state_dtype": "bf16", "schedule": "persistent"},
             8,
             8,
             256,
-            256 * 4 * 2 * 16 + 4 * 64 * (2 + 2 + 4) + 2 * 12 * 8 * 64 + 2 * 480 + 480 // 8,
+            256 * 4 * 2 * 16 + 2 * 4 * 64 * (2 + 2 + 4) + 2 * 12 * 8 * 64 + 2 * 480 + 480 // 8,
         ),
         ({"reduce_warps": 1}, 4, 8, 32, 2 * 16 * 64 * 8),  # a leaf of 16 rows per half warp
         ({"reduce_warps": 1, "overlap": True}, 4, 8, 32, 2 * 16 * 64 * 8),

@@ -69,14 +69,14 @@ def paged_kv_compress(
         cu_outputs: [batch + 1], int32: prefix sums of the output rows reserved per request.
         compress_ratio: tokens per window.
         next_n: the most new tokens any request has in this step.
-        prefetch_state: a promise, with which the CUDA kernels (sm_90 and later) read lengths, block
-            tables and old rows of the state while the kernel before them on the stream still runs,
-            and wait for its end only before they read kv_score and ape and before they write. The
-            promise: no kernel that may still run then writes what is read early. Those are the
-            kernel just before and, where that one was itself launched to overlap the one before it
-            (programmatic dependent launch, as kvfold's own are), so on back to the first that was
-            not. Kept where lengths and block tables are made at a step's start and each layer has
-            its own state; broken by two calls on one state in a row.
+        prefetch_state: a promise, with which the CUDA kernels (sm_90 and later) read kv_lens,
+            cu_seq_lens, cu_outputs, block tables and old rows of the state while the kernel before
+            them on the stream still runs, and wait for its end only before they read kv_score and
+            ape and before they write. The promise: no kernel that may still run then writes what
+            is read early. Those are the kernel just before and, where that one was itself launched
+            to overlap the one before it (programmatic dependent launch, as kvfold's own are), so on
+            back to the first that was not. Kept where the metadata are made at a step's start and
+            each layer has its own state; broken by two calls on one state in a row.
 
     Raises:
         ValueError: an argument's shape, dtype, device or strides; nothing was launched.
@@ -133,15 +133,30 @@ def _launch(launch: Callable, device: torch.device, args: tuple) -> None:
 
 def _look(tensors: tuple, compress_ratio: int, next_n: int, way: str) -> tuple:
     """Tells most calls apart, at little cost: by shapes, and by what is current on which way."""
-    kv_score, block_table = tensors[0], tensors[4]
-    device = torch._C._cuda_getDevice() if kv_score.is_cuda else -1
-    inference = torch.is_inference_mode_enabled()
-    return kv_score.shape, block_table.shape, compress_ratio, next_n, device, inference, way
+    kv_score, _, paged_kv, _, table_kv, table_score, output, *_ = tensors
+    return (
+        kv_score.shape,
+        paged_kv.shape,
+        paged_kv.dtype,
+        table_kv.shape,
+        table_kv is table_score,
+        output.shape,
+        compress_ratio,
+        next_n,
+        torch._C._cuda_getDevice() if kv_score.is_cuda else -1,
+        torch.is_inference_mode_enabled(),
+        way,
+    )
+
+
+def _different(tensors: tuple) -> tuple:
+    """The tensors, a block table that serves both pools once: a guard takes no tensor twice."""
+    return tensors[:5] + tensors[6:] if tensors[4] is tensors[5] else tensors
 
 
 def _launch_again(look: tuple, tensors: tuple, prefetch_state: bool) -> bool:
     """Launches if a call that looked like this one has been right; whether it did."""
-    launch = repeat.find(look, tensors)
+    launch = repeat.find(look, _different(tensors))
     if launch is None:
         return False
     pointers = [tensor.data_ptr() for tensor in tensors]
@@ -154,13 +169,16 @@ def _launch_again(look: tuple, tensors: tuple, prefetch_state: bool) -> bool:
 
 def _remember(look: tuple, tensors: tuple, compress_ratio: int, next_n: int) -> None:
     """Lets calls that look like this one, which has been right, go straight to the launch."""
-    kv_score, batch = tensors[0], tensors[7].shape[0]
-    if type(kv_score) is torch.Tensor and kv_score.get_device() == look[4] >= 0 and batch:
-        key, batch, device = check_arguments(*tensors, compress_ratio, next_n)
-        launch = dispatch.launcher(OP, key, batch, device)
-        if getattr(launch, "func", None) is cuda_kernel.launch:
-            again = cuda_kernel.Launch(*launch.args, *tensors, compress_ratio, next_n)
-            repeat.remember(look, tensors, again)
+    on_current_device = (
+        tensors[0].is_cuda and tensors[0].device.index == torch.cuda.current_device()
+    )
+    if not on_current_device or not repeat.can_remember(_different(tensors)):
+        return
+    key, batch, device = check_arguments(*tensors, compress_ratio, next_n)
+    launch = dispatch.launcher(OP, key, batch, device) if batch else None
+    if getattr(launch, "func", None) is cuda_kernel.launch:
+        again = cuda_kernel.Launch(*launch.args, *tensors, compress_ratio, next_n)
+        repeat.remember(look, _different(tensors), again)
 
 
 # ---- Argument checks -----------------------------------------------------------------------------

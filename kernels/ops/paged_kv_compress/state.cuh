@@ -26,7 +26,7 @@ struct Params {
   int page_shift;
   int output_is_bf16;
   int store_by_token;  // a thread stores one new row, not all of a request's
-  int prefetch_state;  // read metadata and old rows before the kernel ahead on the stream has ended
+  int prefetch_state;  // read all metadata and old rows before the kernel ahead on the stream has ended
 };
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }

@@ -11,9 +11,8 @@ REGISTERS = 65536  # of an SM
 
 def register_cap(variant: Variant) -> int | None:
     """Registers per thread with which min_ctas programs fit in an SM; None for no cap."""
-    if variant.min_ctas == 1:
-        return None
-    return REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
+    cap = REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
+    return cap if cap < 256 else None  # which no thread exceeds anyway
 
 
 def launch(

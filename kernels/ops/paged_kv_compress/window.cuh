@@ -44,8 +44,8 @@ struct Window {
   // CTAs together fit more. There also wait new rows that are fetched ahead.
   static constexpr bool in_registers = held_quads == 1 && !C::persistent;
   static constexpr int held_bytes = in_registers ? 0 : C::threads * held_rows * 2 * 16;
-  static constexpr int new_bytes =
-      C::persistent ? C::next_n * lanes * int(sizeof(NewColumns)) : 0;
+  static constexpr int new_columns = C::persistent ? C::next_n * lanes : 0;
+  static constexpr int new_bytes = 2 * new_columns * int(sizeof(NewColumns));
 
   // Two sets, of which one may be written while the other is read.
   static constexpr int partial_floats = C::reduce_warps > 1 ? 3 * C::reduce_warps * C::head_slice : 0;
@@ -65,7 +65,11 @@ struct Window {
   Columns* slots;   // [held_rows][kv, score][threads] in shared memory, this thread's, with their
   uint32 slots_at;  // address; or
   Columns held[in_registers ? held_rows : 1][2];  // the same in registers
-  NewColumns* arrivals;  // [next_n][lanes] in shared memory, this thread's
+  // [2][next_n][lanes] in shared memory, this thread's lane. Which thread of a lane has a token's row
+  // differs from window to window, so the next one's arrive in the other set: the barrier in
+  // reduce_cta is then between a set's last reader and its next writer.
+  NewColumns* arrivals;
+  int arrival_set;
   float* partials;       // [3][reduce_warps][head_slice], in shared memory
 
   __device__ __forceinline__ Window(const Params& params, uint4* shared, int slice)
@@ -80,6 +84,7 @@ struct Window {
     char* bytes = reinterpret_cast<char*>(shared);
     slots = reinterpret_cast<Columns*>(bytes) + threadIdx.x;
     slots_at = shared_address(slots);
+    arrival_set = 0;
     arrivals = reinterpret_cast<NewColumns*>(bytes + held_bytes) + threadIdx.x % lanes;
     partials = reinterpret_cast<float*>(bytes + held_bytes + new_bytes);
   }
@@ -122,12 +127,15 @@ struct Window {
     bool any_present;
     uint32 arriving;  // bit i: row i comes from kv_score
     int token;        // row 0's number among the request's new tokens, negative for an older one
+    int arrival_set;  // where they arrive
   };
 
   // Brings a leaf's rows on their way to the slots: old ones from the state, new ones from
   // kv_score; absent ones are (0, -inf).
   __device__ __forceinline__ Fetched fetch(const Request& request, const Leaf& leaf) {
-    Fetched fetched{leaf.one_page && leaf.place.present, 0, leaf.position - request.start};
+    arrival_set ^= 1;
+    Fetched fetched{leaf.one_page && leaf.place.present, 0, leaf.position - request.start,
+                    arrival_set};
     if (fetched.any_present) {
       const int old_rows = -fetched.token;
       const state_t* kv = rows.kv_at(leaf.place, slice_start + lane_column);
@@ -179,6 +187,10 @@ struct Window {
     else if (exists) copy_async<16>(slots_at + (row * 2 + which) * C::threads * 16, from);
   }
 
+  __device__ __forceinline__ NewColumns& arrival(const Fetched& fetched, int i) {
+    return arrivals[fetched.arrival_set * new_columns + (fetched.token + i) * lanes];
+  }
+
   // Where row i of a leaf lies in kv_score and ape; of all rows as if they were new.
   __device__ __forceinline__ auto find_new(const Request& request, const Leaf& leaf, int i) const {
     const int row = leaf.row + i;
@@ -210,7 +222,7 @@ struct Window {
     for (int i = 0; i < held_rows; ++i) {
       if (!(fetched.arriving >> i & 1)) continue;
       const auto from = find_new(request, leaf, i);
-      NewColumns& to = arrivals[(fetched.token + i) * lanes];
+      NewColumns& to = arrival(fetched, i);
       copy_async<sizeof(to.kv)>(shared_address(&to.kv), from.kv);
       copy_async<sizeof(to.score)>(shared_address(&to.score), from.score);
       copy_async<sizeof(to.ape)>(shared_address(&to.ape), from.ape);
@@ -225,7 +237,7 @@ struct Window {
 #pragma unroll
       for (int i = 0; i < held_rows; ++i)
         if (fetched.arriving >> i & 1)
-          state::round_new(arrivals[(fetched.token + i) * lanes], slot(i, 0), slot(i, 1));
+          state::round_new(arrival(fetched, i), slot(i, 0), slot(i, 1));
     }
   }
 

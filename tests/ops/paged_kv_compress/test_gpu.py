@@ -144,6 +144,17 @@ def test_a_head_dim_that_one_row_adds(backend, tmp_path, monkeypatch):
         dispatch.reload()
 
 
+def test_persistent_ctas_whose_new_rows_change_threads_from_window_to_window():
+    """Token 0 is row 15 of one request's window and row 16 of the next one's, in another warp."""
+    spans = [(15, 2), (16, 1)] * 300
+    case = problems.make(spans, head_dim=64, compress_ratio=17, next_n=2, device="cuda")
+    variant = Variant(
+        op=OP, **case.key, backend="cuda", schedule="persistent", reduce_warps=2, head_slice=64
+    )
+    for _ in range(5):
+        assert_does_its_job(lambda *args: run_variant(variant, *args), case.clone())
+
+
 # ---- The same bits -------------------------------------------------------------------------------
 
 

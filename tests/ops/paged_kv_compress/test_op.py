@@ -143,10 +143,10 @@ def remembered(monkeypatch):
     launches = []
 
     def remember(look, tensors, compress_ratio, next_n):
-        way = look[-1]
-        repeat.remember(
-            look, tensors, lambda prefetch_state, *_: launches.append((way, prefetch_state))
-        )
+        tensors, way = op._different(tensors), look[-1]
+        if repeat.can_remember(tensors):
+            launch = lambda prefetch_state, *_: launches.append((way, prefetch_state))  # noqa: E731
+            repeat.remember(look, tensors, launch)
 
     monkeypatch.setattr(op, "_remember", remember)
     repeat.forget()
@@ -162,6 +162,26 @@ def test_a_repeated_call_goes_straight_to_the_launch(remembered):
     assert remembered == [("direct", True)]
     torch.ops.kvfold.paged_kv_compress(*arguments.values())
     assert remembered == [("direct", True), ("dispatcher", False)]
+
+
+def test_one_block_table_for_both_pools_is_remembered_and_not_taken_for_two(remembered):
+    arguments = make(layout="packed")
+    two = dict(arguments)
+    one = arguments | {"block_table_score": arguments["block_table_kv"]}
+    for call in (one, two):
+        kvfold.paged_kv_compress(**call)
+    assert remembered == []
+    for call in (one, two):
+        kvfold.paged_kv_compress(**call)
+    assert len(remembered) == 2
+
+
+def test_a_tensor_given_twice_otherwise_is_not_remembered(remembered):
+    arguments = make(next_n=1, compress_ratio=1, overlap=False, scenario="all-hit")
+    arguments["cu_outputs"] = arguments["cu_seq_lens"]
+    for _ in range(2):
+        kvfold.paged_kv_compress(**arguments)
+    assert remembered == []
 
 
 @pytest.mark.parametrize("fault", sorted(BAD.keys() - {"cu_outputs device"}))
@@ -183,6 +203,8 @@ def test_modes_subclasses_profiler_and_gradients_see_a_repeated_call(remembered)
     with Dispatched() as mode:
         kvfold.paged_kv_compress(**arguments)
     assert mode.ops == ["kvfold.paged_kv_compress.default"]
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        kvfold.paged_kv_compress(**arguments)
     with Functions() as mode:
         kvfold.paged_kv_compress(**arguments)
     assert any("paged_kv_compress" in name for name in mode.seen)
