@@ -106,6 +106,11 @@ def explanation(
     chosen = next(b for b in buckets if b.max_batch is None or batch <= b.max_batch)
     why = RichTable.grid(padding=(0, 2))
     share = "1 warp reads" if variant.reduce_warps == 1 else f"{variant.reduce_warps} warps share"
+    requests = f"{batch} requests x {variant.slices} slices of {variant.head_slice} columns"
+    if variant.schedule == "persistent":
+        ctas = f"at most {variant.min_ctas} CTAs per SM share {requests}"
+    else:
+        ctas = f"{batch * variant.slices} reducing CTAs = {requests}"
     for name, text in (
         ("problem", f"{_fields(variant.problem)}; batch {batch}"),
         ("variant", f"[bold]{variant.symbol}[/bold]"),
@@ -114,12 +119,7 @@ def explanation(
             f"{chosen.where} of {table.path} serves batch sizes {batch_range(chosen)} of this"
             f" problem with {variant.backend}, arch {chosen.arch}",
         ),
-        (
-            "launch",
-            f"{batch * variant.slices} reducing CTAs = {batch} requests x {variant.slices} slices"
-            f" of {variant.head_slice} columns; {variant.threads} threads each, {share} a window's"
-            " rows",
-        ),
+        ("launch", f"{ctas}; {variant.threads} threads each, {share} a window's rows"),
         ("shared memory", f"{variant.shared_bytes} bytes per CTA"),
     ):
         why.add_row(f"[dim]{name}[/dim]", text)

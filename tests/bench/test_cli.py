@@ -152,6 +152,16 @@ def test_explain_says_which_row_serves_and_who_its_neighbours_are(small):
     assert re.search(r"-> +1-8 .*_w1_s64 .*\n +9\+ .*_w4_s64", text)
 
 
+def test_explain_says_how_a_persistent_variant_is_launched(small):
+    row = "next_n: 4, backend: cuda, schedule: persistent, reduce_warps: 4, head_slice: 64"
+    small.write_text(
+        "version: 1\npaged_kv_compress:\n  - {head_dim: 64, compress_ratio: 128, kv_dtype: bf16,"
+        f" state_dtype: fp32, {row}, min_ctas: 3}}\n"
+    )
+    text = kvfold_command("table", "explain", "--head-dim", 64, "--batch", 8).stdout
+    assert "at most 3 CTAs per SM share 8 requests x 1 slices of 64 columns; 128 threads" in text
+
+
 def test_explain_falls_back_to_any_and_gives_the_row_to_add_where_there_is_none(small):
     text = kvfold_command("table", "explain", "--head-dim", 64, "--arch", "sm_90", "--batch", 1)
     assert "arch any" in text.stdout
