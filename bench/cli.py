@@ -25,6 +25,7 @@ from kvfold.codegen.variant import check_arch
 from kvfold.ops.paged_kv_compress.op import OP
 
 app = typer.Typer(
+    rich_markup_mode="markdown",
     name="kvfold",
     help="GPU kernels for the KV compressor of models with compressed attention: what is in the"
     " table, whether it compiles, whether it is right, how fast it is.",
