@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 import kvfold
 from kvfold import dispatch, nvrtc
+from kvfold.bench.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,8 +65,8 @@ class Row:
 
     @property
     def tuning(self) -> str:
-        """The end of the symbol, which says how the problem is solved: 'w8_s64'."""
-        return self.variant.split(f"_n{self.problem['next_n']}_")[-1]
+        """How the problem is solved, see `tuning_of`."""
+        return tuning_of(self.variant, self.problem["next_n"])
 
     @property
     def panel(self) -> tuple:
@@ -74,9 +74,14 @@ class Row:
         return *self.problem.values(), self.scenario, self.page_size, self.layout
 
 
+def tuning_of(symbol: str, next_n: int) -> str:
+    """The end of a variant's symbol, which says how the problem is solved: 'w8_s64'."""
+    return symbol.split(f"_n{next_n}_")[-1]
+
+
 @dataclass(frozen=True)
-class Report:
-    """All rows of one run and where they come from; bandwidths in GB/s of 1e9 bytes."""
+class Environment:
+    """Where a run's measurements come from, see `environment`."""
 
     device: str
     driver: str | None
@@ -84,6 +89,12 @@ class Report:
     date: str
     commit: str | None
     config_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Report(Environment):
+    """All rows of one run and where they come from; bandwidths in GB/s of 1e9 bytes."""
+
     read_bandwidth_gbs: float
     copy_bandwidth_gbs: float
     empty_node_us: float
@@ -104,13 +115,9 @@ def extended(report: Report, rows: list[Row]) -> Report:
 
 
 def save(report: Report, file: Path) -> None:
-    """Writes a report as JSON in one step: the file is the old one or the new one, never half."""
+    """Writes a report as JSON in one step."""
     rounded = json.loads(json.dumps(asdict(report)), parse_float=lambda text: round(float(text), 4))
-    text = json.dumps(rounded, indent=1) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
-        out.write(text)
-    os.chmod(out.name, 0o644)  # as any new file: a temporary one is its owner's alone
-    os.replace(out.name, file)
+    write_text(json.dumps(rounded, indent=1) + "\n", file)
 
 
 def load(file: Path) -> Report:
@@ -129,7 +136,7 @@ def load(file: Path) -> Report:
 
 
 def environment(device: torch.device) -> dict:
-    """The fields of a Report that say where it comes from."""
+    """The fields of an Environment: of this device, this machine and this code, now."""
     return {
         "device": torch.cuda.get_device_name(device),
         "driver": _driver(),

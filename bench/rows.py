@@ -2,9 +2,7 @@
 
 import difflib
 import itertools
-import os
 import re
-import stat
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from kvfold.bench.files import write_text
 from kvfold.codegen import Bucket, TableError, load_table
 
 WIDTH = 100
@@ -43,20 +42,6 @@ class Edit:
             OSError: the directory or the file cannot be written.
         """
         write_text(self.after, self.file)
-
-
-def write_text(text: str, file: Path) -> None:
-    """Writes a file in one step, through a link if it is one, with the mode that it has.
-
-    Raises:
-        OSError: the directory or the file cannot be written.
-    """
-    file = file.resolve()
-    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644
-    with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as out:
-        out.write(text.encode())
-    os.chmod(out.name, mode)
-    os.replace(out.name, file)
 
 
 def replaced(

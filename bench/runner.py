@@ -105,17 +105,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something to time: `call` takes the op's arguments, then prefetch_state if it can."""
+    """Something to time: `call` takes the op's first twelve arguments."""
 
     symbol: str
     backend: str
     call: Callable[..., None]
     dispatched: bool
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether prefetch_state has an effect on it, and it is the table's choice."""
-        return self.backend == "cuda" and self.dispatched
+    prefetch_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,54 +173,46 @@ def _measure_point(
     case = plan.case(point, device)
     kernels = list(_kernels(plan, point, device))
     for kernel in kernels:
-        _verified(kernel.call, point, kernel.symbol, case)
-        if plan.prefetch_state and kernel.prefetches:
-            call = settled(lambda *args, kernel=kernel: kernel.call(*args, True), device)
-            _verified(call, point, f"{kernel.symbol}, prefetching,", case)
-    first = cases.make(**case)
-    states = [first]
-    if not plan.warm_l2:
-        count = timing.states_for(first.bytes, first.allocated, device)
-        states += [
-            cases.sharing_metadata(cases.make(**case | {"seed": seed}), first)
-            for seed in range(1, count)
-        ]
+        call = settled(kernel.call, device) if kernel.prefetch_state else kernel.call
+        _verified(call, point, kernel.symbol, case)
+    states = [cases.make(**case)] if plan.warm_l2 else timing.cold_states(case, device)
     arguments = [state.args() for state in states]
-    moved = first.bytes
+    moved = states[0].bytes
     # Not cold where memory or the most calls in a graph allow too few states.
     cold = not plan.warm_l2 and len(states) * moved > timing.l2_size(device)
     for kernel in kernels:
-        twice = plan.prefetch_state and kernel.prefetches
-        for prefetch_state in (False, True) if twice else (False,):
-            told = (True,) if prefetch_state else ()
-            calls = [partial(kernel.call, *args, *told) for args in arguments]
-            time = timing.replay(calls * (WARM_CALLS if plan.warm_l2 else 1))
-            yield Row(
-                op=OP,
-                scenario=point.scenario,
-                problem=plan.problem,
-                batch=point.batch,
-                page_size=point.page_size,
-                layout=plan.layout,
-                l2="cold" if cold else "warm",
-                backend=kernel.backend,
-                variant=kernel.symbol,
-                prefetch_state=prefetch_state,
-                median_us=time.median_us,
-                min_us=time.min_us,
-                max_us=time.max_us,
-                bytes=moved,
-                limit_us=best.us(moved),
-                efficiency=best.us(moved) / time.median_us,
-                host_us=timing.host(calls[0]) if kernel.dispatched else None,
-            )
+        calls = [partial(kernel.call, *args) for args in arguments]
+        time = timing.replay(calls * (WARM_CALLS if plan.warm_l2 else 1))
+        yield Row(
+            op=OP,
+            scenario=point.scenario,
+            problem=plan.problem,
+            batch=point.batch,
+            page_size=point.page_size,
+            layout=plan.layout,
+            l2="cold" if cold else "warm",
+            backend=kernel.backend,
+            variant=kernel.symbol,
+            prefetch_state=kernel.prefetch_state,
+            median_us=time.median_us,
+            min_us=time.min_us,
+            max_us=time.max_us,
+            bytes=moved,
+            limit_us=best.us(moved),
+            efficiency=best.us(moved) / time.median_us,
+            host_us=timing.host(calls[0]) if kernel.dispatched else None,
+        )
 
 
 def _kernels(plan: Plan, point: Point, device: torch.device) -> Iterator[Kernel]:
     """What is to be timed at a point."""
     variant = dispatch.select(OP, plan.key, point.batch, device)
     if plan.baseline or not plan.override:
-        yield Kernel(variant.symbol, variant.backend, kvfold.paged_kv_compress, dispatched=True)
+        op, called = kvfold.paged_kv_compress, (variant.symbol, variant.backend)
+        yield Kernel(*called, op, dispatched=True)
+        if plan.prefetch_state and variant.backend == "cuda":
+            call = lambda *args: op(*args, True)  # noqa: E731
+            yield Kernel(*called, call, dispatched=True, prefetch_state=True)
     if plan.override:
         other = overridden(variant, plan.override, dispatch.arch_of(device))
         call = partial(run_variant, other)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvfold.bench import cases
+
 REPLAYS = 15
 WARM_UP = 0.03  # seconds, for the clocks to rise
 MIN_CALLS = 20  # in one graph, so that the gap between two replays does not count
@@ -40,6 +42,18 @@ def states_for(touched: int, allocated: int, device: torch.device) -> int:
     torch.cuda.empty_cache()  # so that what torch holds unused counts as free
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(wanted, MAX_CALLS, int(0.8 * free) // allocated))
+
+
+def cold_states(problem: dict, device: torch.device, most: int = MAX_CALLS) -> list[cases.Case]:
+    """As many cases as make the L2 cold, or as memory and `most` allow, with one metadata.
+
+    Args:
+        problem: the arguments of `cases.make`.
+    """
+    first = cases.make(**problem)
+    count = min(most, states_for(first.bytes, first.allocated, device))
+    others = (cases.make(**problem | {"seed": seed}) for seed in range(1, count))
+    return [first, *(cases.sharing_metadata(other, first) for other in others)]
 
 
 def replay(calls: Sequence[Callable[[], None]]) -> Timing:

@@ -368,7 +368,7 @@ def cut(costs: Sequence[Sequence[float]], penalty: float) -> list[tuple[int, int
 
     Args:
         costs: per candidate, its cost at every place of the axis.
-        penalty: what every range but the first costs beside.
+        penalty: what every range costs beside.
 
     Returns:
         per range (candidate, its last place), ascending.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvfold import dispatch, nvrtc
-from kvfold.bench import build, cases, report, timing, tune, verify
+from kvfold.bench import build, report, timing, tune, verify
 from kvfold.bench.tune_report import Measured
 from kvfold.bench.verify import WrongResult
 from kvfold.codegen import Variant
@@ -110,7 +110,6 @@ class Timer:
     def _checked(self, variant: Variant) -> Callable[..., None]:
         code = self._codes.get(variant)
         call = launcher(variant, code, self._prefetch_state)
-
         case = self._problem | {"batch": CHECKED_BATCH, "device": self._device}
         try:
             verify.verify(verify.settled(call, self._device), **case)
@@ -122,9 +121,4 @@ class Timer:
     def _states(self, scenario: str, batch: int) -> list[tuple]:
         """Arguments of so many states that none is in the L2 in its turn, or of MOST_STATES."""
         case = self._problem | {"scenario": scenario, "batch": batch, "device": self._device}
-        first = cases.make(**case)
-        count = min(MOST_STATES, timing.states_for(first.bytes, first.allocated, self._device))
-        others = (
-            cases.sharing_metadata(cases.make(**case, seed=seed), first) for seed in range(1, count)
-        )
-        return [first.args(), *(other.args() for other in others)]
+        return [state.args() for state in timing.cold_states(case, self._device, MOST_STATES)]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from kvfold.bench import rows, show, tune
+from kvfold.bench import show, tune
+from kvfold.bench.files import write_text
+from kvfold.bench.report import Environment, tuning_of
 from kvfold.codegen import Variant
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Environment):
     """All times of one run and where they come from.
-
-    The first fields are those of `report.environment`.
 
     Attributes:
         arch: of the GPU, as 'sm_90'.
@@ -23,12 +23,6 @@ class Measured:
         times: of each of its families.
     """
 
-    device: str
-    driver: str | None
-    versions: dict[str, str | None]
-    date: str
-    commit: str | None
-    config_fingerprint: str
     arch: str
     plan: tune.Plan
     times: list[tune.Times]
@@ -76,7 +70,7 @@ def save(measured: Measured, file: Path) -> None:
         for family, times in zip(measured.plan.families, measured.times, strict=True)
     ]
     content = parts | {"plan": plan, "times": families}
-    rows.write_text(json.dumps(content, indent=1) + "\n", file)
+    write_text(json.dumps(content, indent=1) + "\n", file)
 
 
 def load(file: Path) -> Measured:
@@ -125,15 +119,10 @@ def times(tuned: tune.Tuned, plan: tune.Plan) -> Iterator[RichTable]:
         for variant in everywhere:
             texts = (f"{tuned.times[variant][scenario, batch]:.2f}" for batch in batches)
             view.add_row(
-                label(variant),
+                tuning_of(variant.symbol, variant.next_n),
                 *(
                     f"[bold]{text}[/]" if chosen[batch] == variant else text
                     for batch, text in zip(batches, texts, strict=True)
                 ),
             )
         yield view
-
-
-def label(variant: Variant) -> str:
-    """The end of the symbol, which says how the problem is solved: 'w8_s64'."""
-    return variant.symbol.split(f"_n{variant.next_n}_")[-1]

@@ -86,14 +86,14 @@ def paged_kv_compress(
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output,
         kv_lens, cu_seq_lens, cu_outputs,
     )  # fmt: skip
+    look = None
     if not torch.compiler.is_compiling() and repeat.nobody_watches():
         look = _look(tensors, compress_ratio, next_n, "direct")
         if _launch_again(look, tensors, prefetch_state):
             return
-        torch.ops.kvfold.paged_kv_compress.default(*tensors, compress_ratio, next_n, prefetch_state)
-        _remember(look, tensors, compress_ratio, next_n)
-        return
     torch.ops.kvfold.paged_kv_compress.default(*tensors, compress_ratio, next_n, prefetch_state)
+    if look is not None:
+        _remember(look, tensors, compress_ratio, next_n)
 
 
 @torch.library.register_fake(f"kvfold::{OP}", lib=_LIBRARY)
