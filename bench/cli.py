@@ -412,6 +412,8 @@ def _show(done: report.Report, plot: Path | None) -> None:
     console.print(show.origin(done), soft_wrap=True)
     for view in show.times(done.rows):
         console.print(view)
+    if (line := show.host_times(done.rows)) is not None:
+        console.print(line, soft_wrap=True)
     if plot is not None:
         plotting.plot(done, plot)
 

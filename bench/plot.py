@@ -1,4 +1,4 @@
-"""A results file as a picture: time over batch size, one panel per scenario, against the limit."""
+"""A results file as a picture: time over batch size and the limit, per problem and scenario."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,32 +20,47 @@ def require(file: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Draws a report's first problem into a file; its suffix says the format: .png, .svg, .pdf.
+    """Draws a report into a file; its suffix says the format: .png, .svg, .pdf.
+
+    Each problem, page size, pool layout and L2 state is a line of panels, one per scenario.
 
     Raises:
         ValueError: the report has no rows, or the plot cannot be drawn into `file`.
     """
     require(file)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     if not report.rows:
         raise ValueError("the report has no rows to plot")
-    first = report.rows[0]
-    rows = [row for row in report.rows if row.problem == first.problem and row.l2 == first.l2]
+    groups: dict[str, list[Row]] = {}
+    for row in report.rows:
+        problem = ", ".join(f"{name} {value}" for name, value in row.problem.items())
+        place = f"page_size {row.page_size}, {row.layout} pool, {row.l2} L2"
+        groups.setdefault(f"{problem}; {place}", []).append(row)
+    columns = max(2, *(len({row.scenario for row in rows}) for rows in groups.values()))
+    figure = Figure(figsize=(4 * columns, 4.8 * len(groups)), layout="constrained")
+    figure.suptitle(f"{report.rows[0].op} on {report.device}, {report.date[:10]}")
+    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+    for part, (title, rows) in zip(parts, groups.items(), strict=True):
+        part.suptitle(title, fontsize=10)
+        _draw_problem(part, rows, columns)
+    figure.savefig(file, dpi=120)
+
+
+def _draw_problem(part, rows: list[Row], columns: int) -> None:
+    from matplotlib.ticker import LogLocator
+
     scenarios = list(dict.fromkeys(row.scenario for row in rows))
-    figure = Figure(figsize=(4.6 * len(scenarios), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(scenarios), sharey=True, squeeze=False)[0]
-    for panel, scenario in zip(panels, scenarios, strict=True):
+    panels = part.subplots(1, columns, sharey=True)
+    for panel in panels[len(scenarios) :]:
+        panel.remove()
+    for panel, scenario in zip(panels, scenarios, strict=False):
         _draw(panel, [row for row in rows if row.scenario == scenario])
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.set_title(scenario)
         panel.set_xlabel("batch")
     panels[0].set_ylabel("microseconds per call")
-    problem = ", ".join(f"{name} {value}" for name, value in first.problem.items())
-    title = f"{first.op} on {report.device}, {report.date[:10]}"
-    figure.suptitle(f"{title}\n{problem}; {first.l2} L2", fontsize=10)
-    figure.savefig(file, dpi=150)
+    part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def _draw(panel, rows: list[Row]) -> None:
@@ -72,20 +87,16 @@ def _draw(panel, rows: list[Row]) -> None:
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(True, which="both", alpha=0.3)
-    panel.legend(fontsize=8)
 
 
 def _labels(rows: list[Row]) -> Callable[[Row], str]:
-    """Names a row's line: what chose it, its tuning, and its page size and layout if they vary."""
-    places = {(row.page_size, row.layout) for row in rows}
+    """Names a row's line: what chose it, and the tunings it has over the batch axis."""
+
+    def chosen(row: Row) -> str:
+        by = row.chosen_by.replace("table", "dispatched")
+        return f"{by}, triton" if row.backend == "triton" else by
+
     tunings: dict[str, list[str]] = {}
     for row in rows:
-        tunings.setdefault(row.chosen_by, []).append(row.tuning)
-
-    def label(row: Row) -> str:
-        chosen = row.chosen_by.replace("table", "dispatched")
-        tuning = ", ".join(dict.fromkeys(tunings[row.chosen_by]))
-        place = f", page {row.page_size} {row.layout}" if len(places) > 1 else ""
-        return f"{chosen} ({tuning}){place}"
-
-    return label
+        tunings.setdefault(chosen(row), []).append(row.tuning)
+    return lambda row: f"{chosen(row)} ({', '.join(dict.fromkeys(tunings[chosen(row)]))})"

@@ -31,6 +31,8 @@ class Row:
         limit_us: the least time for so many bytes on this device.
         efficiency: limit_us / median_us.
         host_us: host time of an eager call of the op; None for a variant it did not dispatch.
+        host_torch_ops_us: of the same call through torch.ops.kvfold.
+        host_triton_us: of the same call of the problem's Triton kernel, by Triton's launcher.
     """
 
     op: str
@@ -50,6 +52,9 @@ class Row:
     limit_us: float
     efficiency: float
     host_us: float | None
+    # These two with a baseline only.
+    host_torch_ops_us: float | None = None
+    host_triton_us: float | None = None
 
     @property
     def dispatched(self) -> bool:

@@ -58,12 +58,14 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
   constexpr int slices = CONFIG::head_dim / CONFIG::head_slice;
   launch_dependents();
   wait_for_predecessor();
-  const int storing = int(gridDim.x) - params.batch * slices;
-  const int cta = int(blockIdx.x) - storing;
-  if (cta < 0) {
-    Store<CONFIG>::store(params, blockIdx.x * CONFIG::threads + threadIdx.x);
+  const uint32 storing = gridDim.x - uint32(params.batch) * slices;
+  const Job job = job_of(params, storing);
+  if (job.stores) {
+    Store<CONFIG>::store_items(params, job.number * CONFIG::threads + threadIdx.x,
+                               storing * CONFIG::threads);
     return;
   }
+  const int cta = int(job.number);
   const Window<CONFIG> window(params, shared, cta % slices);
   Request request;
   if (!load_request<CONFIG>(params, cta / slices, request)) return;

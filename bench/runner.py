@@ -1,5 +1,6 @@
 """The microbenchmark runner: which points to time, with which kernels, against which limit."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,7 @@ def _measure_point(
     for kernel in kernels:
         calls = [partial(kernel.call, *args) for args in arguments]
         time = timing.replay(calls * (WARM_CALLS if plan.warm_l2 else 1))
+        plain = kernel.dispatched and not kernel.prefetch_state
         yield Row(
             op=OP,
             scenario=point.scenario,
@@ -201,7 +203,18 @@ def _measure_point(
             limit_us=best.us(moved),
             efficiency=best.us(moved) / time.median_us,
             host_us=timing.host(calls[0]) if kernel.dispatched else None,
+            **(_host_beside(plan, point, arguments[0]) if plan.baseline and plain else {}),
         )
+
+
+def _host_beside(plan: Plan, point: Point, args: tuple) -> dict[str, float]:
+    """Host times of the same call on other ways, as fields of a Row."""
+    times = {"host_torch_ops_us": timing.host(partial(torch.ops.kvfold.paged_kv_compress, *args))}
+    with contextlib.suppress(TableError, ImportError):  # no such row, or no Triton
+        variant = dispatch.table().select(OP, batch=point.batch, backend="triton", **plan.problem)
+        launch = dispatch.bind(variant, args[0].device)
+        times["host_triton_us"] = timing.host(partial(launch, *args))
+    return times
 
 
 def _kernels(plan: Plan, point: Point, device: torch.device) -> Iterator[Kernel]:

@@ -1,5 +1,6 @@
 """What the command line prints of the library's results: rich tables and lines of text."""
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -236,6 +237,20 @@ def times(rows: Sequence[Row]) -> Iterator[RichTable]:
                 "" if row.host_us is None else f"{row.host_us:.1f}",
             )
         yield view
+
+
+def host_times(rows: Sequence[Row]) -> str | None:
+    """What a call costs the host on each way, in one line; None if only one was measured."""
+    compared = [row for row in rows if row.host_torch_ops_us is not None]
+    if not compared:
+        return None
+    ways = {
+        "kvfold": [row.host_us for row in compared],
+        "torch.ops.kvfold": [row.host_torch_ops_us for row in compared],
+        "Triton's launcher": [row.host_triton_us for row in compared if row.host_triton_us],
+    }
+    medians = (f"{statistics.median(us):.1f} by {way}" for way, us in ways.items() if us)
+    return f"host us per call, median over {len(compared)} points: {', '.join(medians)}"
 
 
 def checked(points: Iterable[Checked]) -> RichTable:

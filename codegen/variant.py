@@ -154,7 +154,7 @@ class Variant:
             fitting = [warps for warps in POWERS_OF_TWO if warps <= most]
             what = f"makes a CTA of {self.threads} threads, more than {MAX_THREADS}"
             self._refuse("reduce_warps", what, fitting)
-        if self.schedule == "persistent" and self.backend != "cuda":
+        if self.schedule != "direct" and self.backend != "cuda":
             self._refuse("schedule", f"is no schedule of {self.backend}", ("direct",))
         if self.schedule == "persistent" and self._group_quads() > LEAF_QUADS:
             what = f"gives a thread more than {4 * LEAF_QUADS} rows, which is what it fetches ahead"
@@ -227,6 +227,15 @@ class Variant:
             return 32 * self.reduce_warps
         warps_across = max(1, self.head_slice // self.vector // 32)
         return 32 * self.reduce_warps * warps_across
+
+    @property
+    def items_at_once(self) -> int:
+        """Requests of which a storing CUDA thread has a vector of columns at once.
+
+        As many as make 128 bytes of new rows, which costs a thread no more registers than reducing.
+        """
+        row_bytes = self.vector * (2 * ITEM_BYTES[self.kv_dtype] + 4)  # KV, score and ape
+        return max(1, 128 // row_bytes // self.next_n)
 
     @property
     def listed(self) -> int:

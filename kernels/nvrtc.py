@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -215,15 +216,15 @@ def cubin_for(variant: Variant, arch: str) -> bytes:
 # ---- Loading and launching -----------------------------------------------------------------------
 
 
-# CUlaunchConfig: grid, block, shared bytes, stream, attributes, their count. The parameters follow.
-_CONFIG = struct.Struct("7IxxxxQQIxxxx")
-_STREAM_AT = 32
+# CUlaunchConfig: grid, block, shared bytes, then stream, attributes, their count. The parameters
+# follow at once, pointers first, so that all that changes from call to call lies together.
+_GRID = struct.Struct("7Ixxxx")
+_CHANGES = "QQIxxxx{}Q"
+_CONFIG_BYTES = _GRID.size + struct.calcsize(_CHANGES.format(0))
 
 # CUlaunchAttribute: the kernel may begin while the one before it on the stream still runs. Those of
 # kvfold wait for its end themselves (griddepcontrol), where and as far as they need to.
 _OVERLAPPED = ctypes.create_string_buffer(struct.pack("IIi60x", 6, 0, 1))
-
-_pack_stream = struct.Struct("Q").pack_into
 
 
 @functools.cache
@@ -234,16 +235,15 @@ def _driver() -> ctypes.CDLL:
 class _LaunchBuffer(threading.local):
     """A thread's own launch: CUlaunchConfig, then the parameters. The driver copies both."""
 
-    capacity = 4096  # bytes, the most a kernel's parameters can be
+    capacity = _CONFIG_BYTES + 4096  # the most a kernel's parameters can be
     has_context = False
 
     def __init__(self) -> None:
-        packed = ctypes.create_string_buffer(_CONFIG.size + self.capacity)
+        packed = ctypes.create_string_buffer(self.capacity)
         address = ctypes.addressof(packed)
         self.bytes = memoryview(packed).cast("B")
-        self.params = self.bytes[_CONFIG.size :]
         self.config_pointer = ctypes.c_void_p(address)
-        self.params_pointers = (ctypes.c_void_p * 1)(address + _CONFIG.size)
+        self.params_pointers = (ctypes.c_void_p * 1)(address + _CONFIG_BYTES)
 
     def bind(self, context: int) -> None:
         """Makes a context current in a thread that has none yet: torch binds one only in time."""
@@ -257,6 +257,13 @@ class _LaunchBuffer(threading.local):
 _buffer = _LaunchBuffer()
 
 
+class Template(NamedTuple):
+    """A packed launch, and what puts stream, attributes and pointers in it."""
+
+    packed: bytes
+    complete: Callable[..., None]
+
+
 class Kernel:
     """A variant loaded on one device."""
 
@@ -268,7 +275,8 @@ class Kernel:
             runtime.setDevice(torch.cuda.current_device())
         self.variant = variant
         self.sms = torch.cuda.get_device_properties().multi_processor_count
-        self._overlaps = torch.cuda.get_device_capability() >= (9, 0)
+        overlaps = torch.cuda.get_device_capability() >= (9, 0)
+        self._attributes = (ctypes.addressof(_OVERLAPPED), int(overlaps))
         self._context = driver.ctxGetCurrent()
         self._module = driver.moduleLoadData(cubin)
         function = driver.moduleGetFunction(self._module, symbol or variant.symbol)
@@ -281,23 +289,23 @@ class Kernel:
                 variant.shared_bytes,
             )
 
-    def template(self, ctas: int, params: bytes) -> bytes:
-        """A launch of `ctas` CTAs with these parameters, to be completed by `launch`."""
-        shared, attributes = self.variant.shared_bytes, ctypes.addressof(_OVERLAPPED)
-        block = (self.variant.threads, 1, 1)
-        return _CONFIG.pack(ctas, 1, 1, *block, shared, 0, attributes, int(self._overlaps)) + params
+    def template(self, ctas: int, pointers: int, params: bytes) -> Template:
+        """A launch of `ctas` CTAs, to be completed by `launch`.
 
-    def launch(self, template: bytes, stream: int, complete: Callable, *values) -> None:
-        """Launches on a raw stream of the kernel's device, which must be current.
-
-        complete(params, *values) writes what the template's parameters lack.
+        The kernel's parameter is a struct of so many pointers, then `params`.
         """
+        changes = struct.Struct(_CHANGES.format(pointers))
+        grid = _GRID.pack(ctas, 1, 1, self.variant.threads, 1, 1, self.variant.shared_bytes)
+        return Template(grid + bytes(changes.size) + params, changes.pack_into)
+
+    def launch(self, template: Template, stream: int, *pointers: int) -> None:
+        """Launches on a raw stream of the kernel's device, which must be current."""
         buffer = _buffer
         if not buffer.has_context:
             buffer.bind(self._context)
-        buffer.bytes[: len(template)] = template
-        _pack_stream(buffer.bytes, _STREAM_AT, stream)
-        complete(buffer.params, *values)
+        packed, complete = template
+        buffer.bytes[: len(packed)] = packed
+        complete(buffer.bytes, _GRID.size, stream, *self._attributes, *pointers)
         status = self._launch(buffer.config_pointer, self._function, buffer.params_pointers, None)
         if status:
             raise RuntimeError(f"{self.variant.symbol} was not launched: CUDA error {status}")

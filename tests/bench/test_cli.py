@@ -280,11 +280,14 @@ def test_bench_shows_and_plots_a_results_file_without_a_gpu(no_gpu, tmp_path):
         "efficiency": 0.5,
         "host_us": 17.0,
     }
+    row |= {"host_torch_ops_us": 20.0, "host_triton_us": 30.0}
     override = row | {
         "variant": "paged_kv_compress_hd64_n4_w1_s64",
         "median_us": 50.0,
         "max_us": 60.0,
         "host_us": None,
+        "host_torch_ops_us": None,
+        "host_triton_us": None,
     }
     results = {
         "device": "a GPU",
@@ -304,6 +307,7 @@ def test_bench_shows_and_plots_a_results_file_without_a_gpu(no_gpu, tmp_path):
     assert "a GPU, 2026-11-21T09:00:00+00:00: reads 4700 GB/s" in text
     assert re.search(r"16 +w8_s64 +table +5.00 +4.50 +6.00 +2.50 +50% +10.00 +2000 +17.0", text)
     assert re.search(r"16 +w1_s64 +override +50.00 .* 10.00x", text)
+    assert "17.0 by kvfold, 20.0 by torch.ops.kvfold, 30.0 by Triton's launcher" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -100,6 +100,8 @@ def test_a_results_file_has_the_documented_fields_and_comes_back(tmp_path, synth
         "limit_us",
         "efficiency",
         "host_us",
+        "host_torch_ops_us",
+        "host_triton_us",
     ]
     assert content["rows"][0]["problem"] == PROBLEM
     assert content["rows"][0]["host_us"] == 17.1235
@@ -165,16 +167,25 @@ def test_a_plot_has_a_panel_per_scenario_and_a_line_per_kernel(tmp_path, synthet
     (figure,) = drawn
     assert [panel.get_title() for panel in figure.axes] == ["all-hit", "no-hit"]
     for panel in figure.axes:
-        labels = [text.get_text() for text in panel.get_legend().get_texts()]
-        assert sorted(labels) == [
+        lines = {
             "dispatched (w8_s64)",
             "dispatched, prefetching (w8_s64)",
             "limit",
             "override (w1_s64)",
             "yardstick (row_by_row)",
-        ]
+        }
+        assert set(panel.get_legend_handles_labels()[1]) == lines
         assert panel.get_xscale() == panel.get_yscale() == "log"
+    (problem,) = figure.subfigs
+    (legend,) = problem.legends
+    assert {text.get_text() for text in legend.get_texts()} == lines
     assert "NVIDIA H200, 2026-11-21" in figure.get_suptitle()
+
+    packed = [replace(row, layout="packed") for row in synthetic.rows if row.scenario == "all-hit"]
+    plot.plot(replace(synthetic, rows=synthetic.rows + packed), file)
+    titles = [part.get_suptitle() for part in drawn[1].subfigs]
+    assert ["split" in title for title in titles] == [True, False]
+    assert [len(part.axes) for part in drawn[1].subfigs] == [2, 1]
 
 
 @pytest.mark.parametrize("name", ["plot", "plot.xyz", "missing/plot.png"])

@@ -118,6 +118,8 @@ def gpu_on_cpu(monkeypatch):
     dispatch = SimpleNamespace(
         backend_for=lambda device_type: "cuda",
         arch_of=lambda device: "sm_90",
+        table=load_table,
+        bind=lambda variant, device: reference.paged_kv_compress,
         select=lambda op, key, batch, device: load_table().select(
             op, batch=batch, **dict(zip(runner.Variant.spec("problem"), key, strict=True))
         ),
@@ -148,6 +150,8 @@ def test_a_run_times_the_override_and_the_yardstick_beside_the_dispatched_varian
     first, beside, *_ = done.rows
     assert (first.median_us, first.min_us, first.max_us, first.host_us) == (10.0, 9.0, 12.0, 5.0)
     assert (beside.median_us, beside.host_us) == (40.0, None)
+    assert (first.host_torch_ops_us, first.host_triton_us) == (5.0, 5.0)
+    assert (beside.host_torch_ops_us, beside.host_triton_us) == (None, None)
     assert first.limit_us == first.bytes / 4e6 + 0.5
     assert first.efficiency == first.limit_us / 10
     assert first.bytes == beside.bytes > 128 * 128 * 2 * 4 * 31 / 32

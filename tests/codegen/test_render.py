@@ -120,7 +120,7 @@ def test_instantiation_says_what_the_variant_is(load, rows):
         names = ("head_dim", "compress_ratio", "next_n", "reduce_warps", "head_slice")
         expected = {
             name: str(getattr(variant, name))
-            for name in (*names, "threads", "shared_bytes", "listed")
+            for name in (*names, "threads", "shared_bytes", "listed", "items_at_once")
         }
         persistent = variant.schedule == "persistent"
         flags = {"overlap": variant.overlap, "persistent": persistent}

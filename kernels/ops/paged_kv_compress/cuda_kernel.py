@@ -9,11 +9,9 @@ import torch
 
 from kvfold.nvrtc import Kernel
 
-# Params of state.cuh, field by field: 10 pointers, 9 strides in elements, 11 integers.
-_POINTERS = struct.Struct("10Q")
-_LAYOUT = struct.Struct("9q6iI3i")
-_PREFETCH_STATE = struct.Struct("i")
-_PREFETCH_STATE_AT = _POINTERS.size + _LAYOUT.size
+# Params of state.cuh, field by field: 10 pointers, 9 strides in elements, 12 integers.
+_POINTERS = 10
+_LAYOUT = struct.Struct("9q6iI3iIi")
 
 FEW_ITEMS = 1 << 14  # storing threads: more of them no longer make the store quicker
 
@@ -28,9 +26,13 @@ def divider(divisor: int) -> tuple[int, int]:
     return -(-(1 << shift) // divisor), shift
 
 
-def _complete(params: memoryview, prefetch_state: bool, *pointers: int) -> None:
-    _POINTERS.pack_into(params, 0, *pointers)
-    _PREFETCH_STATE.pack_into(params, _PREFETCH_STATE_AT, prefetch_state)
+def storing_share(storing: int, ctas: int) -> int:
+    """Which share of CTAs store until all is stored, times 2**32; rounded up, so that all get to.
+
+    Where they are few they come early, so that the kernel does not end on writes.
+    """
+    few = 5 * storing <= ctas
+    return -(-(storing << 32) * (5 if few else 4) // (4 * ctas))
 
 
 class Launch:
@@ -59,12 +61,14 @@ class Launch:
         if variant.schedule == "persistent":
             most = kernel.sms * variant.min_ctas // variant.slices
             ctas = max(1, min(batch, most)) * variant.slices
+            storing = 0
             by_token = items * next_n <= ctas * variant.threads
         else:
             by_token = items * next_n <= FEW_ITEMS
-            storing = items * next_n if by_token else items
-            ctas = batch * variant.slices + -(-storing // variant.threads)
-        layout = _LAYOUT.pack(
+            threads = items * next_n if by_token else -(-items // variant.items_at_once)
+            storing = -(-threads // variant.threads)
+            ctas = batch * variant.slices + storing
+        layout = (
             kv_score.stride(0),
             ape.stride(0),
             *paged_kv.stride()[:2],
@@ -81,11 +85,14 @@ class Launch:
             *divider(page_size),
             output.element_size() == 2,
             by_token,
+            storing_share(storing, ctas),
         )
-        params = bytes(_POINTERS.size) + layout + bytes(_PREFETCH_STATE.size)
         self._kernel = kernel
         self._device = kv_score.get_device()
-        self._template = kernel.template(ctas, params)
+        self._templates = [
+            kernel.template(ctas, _POINTERS, _LAYOUT.pack(*layout, prefetch_state))
+            for prefetch_state in (False, True)
+        ]
 
     def __call__(self, prefetch_state: bool, *pointers: int) -> None:
         """Launches on torch's current stream of the tensors' device, which must be current.
@@ -93,7 +100,7 @@ class Launch:
         pointers: data_ptr() of the ten tensors, in the op's order.
         """
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._kernel.launch(self._template, stream, _complete, prefetch_state, *pointers)
+        self._kernel.launch(self._templates[prefetch_state], stream, *pointers)
 
 
 def launch(kernel: Kernel, *args, prefetch_state: bool = False) -> None:

@@ -60,19 +60,30 @@ __device__ __forceinline__ void reduce_request(const Params& p, uint4* shared, u
   }
 }
 
+// What this CTA does, and which it is of those that do it.
+struct Job {
+  bool stores;
+  uint32 number;
+};
+
+// CTAs that store are spread among those that reduce: they wait for the kernel ahead on the stream
+// to end, and were they first, nothing would be read meanwhile; were they last, they would queue
+// behind the many that may find no window.
+__device__ __forceinline__ Job job_of(const Params& p, uint32 storing) {
+  const uint32 before = __umulhi(blockIdx.x, p.storing_share);
+  if (before < storing && __umulhi(blockIdx.x + 1, p.storing_share) > before) return {true, before};
+  return {false, blockIdx.x - (before < storing ? before : storing)};
+}
+
 template <class C>
 __device__ __forceinline__ void run_direct(const Params& p, uint4* shared) {
-  // Where not all CTAs fit on the GPU at once, those that store go first: they have the least to
-  // wait for behind the many that may find no window. Otherwise reducing takes longest.
   const uint32 reducing = uint32(p.batch) * (C::head_dim / C::head_slice);
   const uint32 storing = gridDim.x - reducing;
-  const uint32 first_reducing = p.store_by_token ? 0 : storing;
-  const uint32 first_storing = p.store_by_token ? reducing : 0;
-  if (blockIdx.x - first_reducing < reducing) {
-    reduce_request<C>(p, shared, blockIdx.x - first_reducing);
-  } else {
-    Store<C>::store(p, (blockIdx.x - first_storing) * C::threads + threadIdx.x);
-  }
+  const Job job = job_of(p, storing);
+  if (job.stores)
+    Store<C>::store_items(p, job.number * C::threads + threadIdx.x, storing * C::threads);
+  else
+    reduce_request<C>(p, shared, job.number);
 }
 
 // ---- Persistent ---------------------------------------------------------------------------------
@@ -178,9 +189,10 @@ struct Tasks {
 template <class C>
 __device__ __forceinline__ void store_share(const Params& p) {
   const uint32 items = uint32(p.batch) * Store<C>::row_vecs * (p.store_by_token ? C::next_n : 1);
+  const uint32 step = gridDim.x * C::threads;
   for (uint32 item = blockIdx.x * C::threads + threadIdx.x; item < items;
-       item += gridDim.x * C::threads)
-    Store<C>::store(p, item);
+       item += C::items_at_once * step)
+    Store<C>::store_items(p, item, step);
 }
 
 template <class C>

@@ -26,6 +26,7 @@ struct Params {
   int page_shift;
   int output_is_bf16;
   int store_by_token;  // a thread stores one new row, not all of a request's
+  uint32 storing_share;  // direct: of CTAs that store, until all is stored, times 2^32
   int prefetch_state;  // read all metadata and old rows before the kernel ahead on the stream has ended
 };
 
