@@ -57,6 +57,7 @@ bench:  ## on a GPU: everything that bench/results/h200.json holds, into OUT
 	$(BENCH) --append $(R4) --next-n 4 --head-dim 128
 	$(BENCH) --append --batch 16,128,256,512 --override backend=triton --override reduce_warps=4 \
 	  --override head_slice=32 --override min_ctas=5 --override schedule=direct
+	$(PYTHON) -m kvfold.bench --from $(OUT)/h200.json --plot $(OUT)/h200_all.png
 
 clean:  ## what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from kvfold.codegen.variant import (
     POSITIVE,
     SHARED_KIB,
     SHARED_KIB_ELSEWHERE,
+    SM_REGISTERS,
     check_value,
     with_defaults,
 )
@@ -28,7 +29,6 @@ RANGE_GAIN = 1.03  # what a range more must gain, all batches together, to be wo
 
 REDUCE_WARPS = (1, 2, 4, 8, 16)
 HEAD_SLICES = (16, 32, 64, 128, 256, 512)
-SM_REGISTERS = 65536  # of every arch
 REGISTER_BUDGETS = (128, 96, 80)  # registers per thread to try to make do with
 CTA_RESERVED = 1024  # bytes of an SM's shared memory that the system takes per CTA
 TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill

@@ -17,6 +17,7 @@ POWERS_OF_TWO = (1, 2, 4, 8, 16, 32)
 POSITIVE = range(1, 2**30)  # the kernels' int holds twice the largest
 MAX_THREADS = 1024
 SM_THREADS = 1536  # that every arch has
+SM_REGISTERS = 65536  # likewise
 LEAF_QUADS = 4  # a leaf of the reduction tree: so many times four rows
 LISTED = 480
 # KiB of shared memory a CTA may ask for. Archs not listed are taken to have as little as the least.
@@ -232,8 +233,10 @@ class Variant:
     def items_at_once(self) -> int:
         """Requests of which a storing CUDA thread has a vector of columns at once.
 
-        As many as make 128 bytes of new rows, which costs a thread no more registers than reducing.
+        As many as make 128 bytes of new rows, if registers suffice for that and for reducing.
         """
+        if 112 * self.threads * self.min_ctas > SM_REGISTERS:
+            return 1
         row_bytes = self.vector * (2 * ITEM_BYTES[self.kv_dtype] + 4)  # KV, score and ape
         return max(1, 128 // row_bytes // self.next_n)
 

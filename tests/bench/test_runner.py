@@ -63,7 +63,7 @@ def test_an_override_may_be_any_variant_that_can_run():
 
 
 def test_an_override_leaves_out_what_a_row_may_leave_out():
-    variant = load_table().select("paged_kv_compress", batch=512, arch="sm_90", **PRODUCTION)
+    variant = load_table().select("paged_kv_compress", batch=512, **PRODUCTION)
     assert variant.schedule == "persistent" and variant.min_ctas > 1
     other = runner.overridden(variant, {"reduce_warps": 1}, "sm_90")
     assert (other.schedule, other.min_ctas, other.reduce_warps) == ("direct", 1, 1)
