@@ -18,7 +18,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -220,7 +220,8 @@ def cubin_for(variant: Variant, arch: str) -> bytes:
 # follow at once, pointers first, so that all that changes from call to call lies together.
 _GRID = struct.Struct("7Ixxxx")
 _CHANGES = "QQIxxxx{}Q"
-_CONFIG_BYTES = _GRID.size + struct.calcsize(_CHANGES.format(0))
+_CHANGES_AT = _GRID.size
+_CONFIG_BYTES = _CHANGES_AT + struct.calcsize(_CHANGES.format(0))
 
 # CUlaunchAttribute: the kernel may begin while the one before it on the stream still runs. Those of
 # kvfold wait for its end themselves (griddepcontrol), where and as far as they need to.
@@ -236,22 +237,19 @@ class _LaunchBuffer(threading.local):
     """A thread's own launch: CUlaunchConfig, then the parameters. The driver copies both."""
 
     capacity = _CONFIG_BYTES + 4096  # the most a kernel's parameters can be
-    has_context = False
+    made = None  # (its bytes, a pointer to the config, one to the parameters' pointer)
 
-    def __init__(self) -> None:
-        packed = ctypes.create_string_buffer(self.capacity)
-        address = ctypes.addressof(packed)
-        self.bytes = memoryview(packed).cast("B")
-        self.config_pointer = ctypes.c_void_p(address)
-        self.params_pointers = (ctypes.c_void_p * 1)(address + _CONFIG_BYTES)
-
-    def bind(self, context: int) -> None:
-        """Makes a context current in a thread that has none yet: torch binds one only in time."""
+    def make(self, context: int) -> tuple:
+        """Makes the buffer, and a context current where torch, which binds one in time, has not."""
         from cupy_backends.cuda.api import driver
 
         if not driver.ctxGetCurrent():
             driver.ctxSetCurrent(context)
-        self.has_context = True
+        packed = ctypes.create_string_buffer(self.capacity)
+        address = ctypes.addressof(packed)
+        pointers = (ctypes.c_void_p * 1)(address + _CONFIG_BYTES)
+        self.made = memoryview(packed).cast("B"), ctypes.c_void_p(address), pointers
+        return self.made
 
 
 _buffer = _LaunchBuffer()
@@ -298,15 +296,13 @@ class Kernel:
         grid = _GRID.pack(ctas, 1, 1, self.variant.threads, 1, 1, self.variant.shared_bytes)
         return Template(grid + bytes(changes.size) + params, changes.pack_into)
 
-    def launch(self, template: Template, stream: int, *pointers: int) -> None:
+    def launch(self, template: Template, stream: int, pointers: Sequence[int]) -> None:
         """Launches on a raw stream of the kernel's device, which must be current."""
-        buffer = _buffer
-        if not buffer.has_context:
-            buffer.bind(self._context)
+        buffer, config, params = _buffer.made or _buffer.make(self._context)
         packed, complete = template
-        buffer.bytes[: len(packed)] = packed
-        complete(buffer.bytes, _GRID.size, stream, *self._attributes, *pointers)
-        status = self._launch(buffer.config_pointer, self._function, buffer.params_pointers, None)
+        buffer[: len(packed)] = packed
+        complete(buffer, _CHANGES_AT, stream, *self._attributes, *pointers)
+        status = self._launch(config, self._function, params, None)
         if status:
             raise RuntimeError(f"{self.variant.symbol} was not launched: CUDA error {status}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -94,15 +95,15 @@ class Launch:
             for prefetch_state in (False, True)
         ]
 
-    def __call__(self, prefetch_state: bool, *pointers: int) -> None:
+    def __call__(self, prefetch_state: bool, pointers: Sequence[int]) -> None:
         """Launches on torch's current stream of the tensors' device, which must be current.
 
         pointers: data_ptr() of the ten tensors, in the op's order.
         """
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._kernel.launch(self._templates[prefetch_state], stream, *pointers)
+        self._kernel.launch(self._templates[prefetch_state], stream, pointers)
 
 
 def launch(kernel: Kernel, *args, prefetch_state: bool = False) -> None:
     """Launches on the op's first twelve arguments, as Launch does."""
-    Launch(kernel, *args)(prefetch_state, *(tensor.data_ptr() for tensor in args[:10]))
+    Launch(kernel, *args)(prefetch_state, [tensor.data_ptr() for tensor in args[:10]])
