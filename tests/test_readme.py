@@ -40,16 +40,19 @@ def test_the_row_to_add_is_what_the_listing_shows(tmp_path):
     [
         ("all-hit: the limit", "all-hit", "table", lambda row: f"{row.limit_us:.1f}"),
         ("all-hit: kvfold", "all-hit", "table", None),
+        ("all-hit: kvfold, `prefetch_state`", "all-hit", "table, prefetching", None),
         (
             "the same, efficiency",
             "all-hit",
-            "table",
+            "table, prefetching",
             lambda row: f"{100 * row.efficiency:.0f} %",
         ),
         ("all-hit: `reduce_warps=1`", "all-hit", "_w1_", None),
         ("all-hit: one warp, row by row", "all-hit", "row_by_row", None),
         ("spread: kvfold", "spread", "table", None),
+        ("spread: kvfold, `prefetch_state`", "spread", "table, prefetching", None),
         ("no-hit: kvfold", "no-hit", "table", None),
+        ("no-hit: kvfold, `prefetch_state`", "no-hit", "table, prefetching", None),
     ],
 )
 def test_the_figures_are_the_results(line, scenario, chosen, value):
