@@ -15,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvfold import dispatch, nvrtc
 from kvfold.bench import build as building
-from kvfold.bench import cases, limit, report, rows, runner, show, tune_gpu, tune_report
+from kvfold.bench import cases, limit, report, rows, runner, show, step_plot, tune_gpu, tune_report
 from kvfold.bench import demo as simulation
 from kvfold.bench import plot as plotting
+from kvfold.bench import step as stepping
 from kvfold.bench import tune as search
+from kvfold.bench.step_model import Shape, trace
 from kvfold.bench.verify import WrongResult
 from kvfold.codegen import load_table
 from kvfold.codegen.variant import check_arch
@@ -416,6 +418,80 @@ def _show(done: report.Report, plot: Path | None) -> None:
         console.print(line, soft_wrap=True)
     if plot is not None:
         plotting.plot(done, plot)
+
+
+# ---- kvfold step ---------------------------------------------------------------------------------
+
+
+@app.command("step")
+@clear_errors
+def step_command(
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes.")] = ",".join(
+        map(str, stepping.BATCHES)
+    ),
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw host and step times.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Show, and with --plot draw, what --json wrote before; measures nothing.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Time a whole decode step, metadata uploads included, on each of four ways.
+
+    61 layers, each a projection and its compressor: with a pageable copy per array, with a staging
+    pool, as one CUDA graph, and so with the layers' states in host memory. The ways are first
+    checked to give the same bits. Without a GPU that is all.
+    """
+    if plot is not None:
+        plotting.require(plot)
+    if source is not None:
+        if json_file is not None:
+            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        _show_steps(stepping.load(source), plot)
+        return
+    batches = _list("--batch", batch, int)
+    if min(batches) < 1:
+        raise ValueError(f"--batch is {batch!r}; accepted: positive integers, as in 16,256")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+    if not torch.cuda.is_available():
+        if json_file is not None or plot is not None:
+            raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
+        print("No CUDA GPU here, so nothing is timed. Checking the four ways on the CPU instead.")
+        shape = Shape((128, 4, 128, 4), batch=4, hidden=64, head_dim=128)
+        stepping.check(shape, torch.device("cpu"), trace(shape, 100), 100)
+        print(f"100 steps of 4 layers: the same bits by {', '.join(stepping.WAYS)}")
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    with _progress() as progress:
+        task = progress.add_task("", total=len(batches) * (len(stepping.WAYS) + 1))
+        done = stepping.measure(
+            batches,
+            device,
+            lambda what: progress.update(task, description=what, advance=1),
+        )
+    if json_file is not None:
+        report.save(done, json_file)
+    _show_steps(done, plot)
+
+
+def _show_steps(done: stepping.StepReport, plot: Path | None) -> None:
+    console = _console()
+    console.print(f"{done.device}, {done.date}", soft_wrap=True)
+    console.print(show.steps(done.rows))
+    if plot is not None:
+        step_plot.plot(done, plot)
 
 
 # ---- kvfold tune ---------------------------------------------------------------------------------

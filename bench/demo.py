@@ -18,6 +18,7 @@ import kvfold
 from kvfold import dispatch
 from kvfold.bench.verify import outside
 from kvfold.ops.paged_kv_compress.op import OP
+from kvfold.step import SegmentPrefetcher, StepBatch
 
 COMPRESS_RATIOS = (4, 128)
 NEXT_N = 4
@@ -36,6 +37,7 @@ class Summary:
         wrong: rows that are out of tolerance, missing, or written without being due.
         first_wrong: where the first of them is, None if there is none.
         largest_error: largest |row - float64|.
+        replayed: steps that were one launch of a CUDA graph.
     """
 
     device: str
@@ -49,6 +51,7 @@ class Summary:
     wrong: int = 0
     first_wrong: str | None = None
     largest_error: float = 0.0
+    replayed: int = 0
     seconds: float = 0.0
 
 
@@ -83,21 +86,37 @@ def run(
         device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
         backend=dispatch.backend_for(device.type),
     )
-    with _one_thread():
+    with _one_thread(), contextlib.ExitStack() as stack:
         layers = [Layer(head_dim, ratio, slots, device, seed) for ratio in COMPRESS_RATIOS]
+        batch = stack.enter_context(StepBatch(device))
+        parameters = [{"ape": layer.ape.cpu()} for layer in layers]
+        prefetcher = stack.enter_context(SegmentPrefetcher(parameters, device, 1 << 22))
+
+        def dispatch_layers(inputs: dict[str, Tensor], size: int) -> None:
+            for number, layer in enumerate(layers):
+                with prefetcher.segment(number) as parameters:
+                    layer.compress(inputs, parameters["ape"], size)
+            prefetcher.join()
+
         for _ in range(steps):
             for slot in requests.arrive():
                 for layer in layers:
                     layer.admit(slot, requests.length[slot])
             step = requests.draft()
+            arrays = {}
             for layer in layers:
-                layer.compress(step, summary)
+                arrays |= layer.prepare(step)
+            with batch.step(len(step.slot)) as one:
+                one.run(dispatch_layers, one.upload(arrays), len(step.slot))
+            for layer in layers:
+                layer.check(step, summary)
             for slot in requests.accept(step):
                 for layer in layers:
                     layer.release(slot)
             summary.steps += 1
             summary.tokens += int(step.new.sum())
             on_step()
+        summary.replayed = batch.counters.replayed
     summary.requests = requests.served
     summary.seconds = time.perf_counter() - began
     return summary
@@ -197,6 +216,7 @@ class Layer:
         self.history_kv, self.history_score = (
             torch.zeros(slots, MAX_LENGTH + NEXT_N, state_dim, device=device) for _ in range(2)
         )
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by batch size
         self.closed = np.zeros(slots, np.int64)  # windows that have closed, rejected or not
 
     def admit(self, slot: int, length: int) -> None:
@@ -220,37 +240,57 @@ class Layer:
         self.pages_kv.hold(slot, 0, -1)
         self.pages_score.hold(slot, 0, -1)
 
-    def compress(self, step: Step, summary: Summary) -> None:
-        """Calls the op for one step and checks all it emits."""
+    def prepare(self, step: Step) -> dict[str, np.ndarray]:
+        """Draws a step's new tokens, and gives the metadata that the op needs on the device."""
         for slot, start, end in zip(step.slot, step.start, step.end, strict=True):
             if slot >= 0:
                 self._hold(slot, start, end)
-        kv_score = self._random(int(step.new.sum()), 2 * self.state_dim).bfloat16()
-        self._remember(step, kv_score)
-        reserved = -(-step.new // self.compress_ratio)
-        first_output = np.concatenate(([0], reserved.cumsum()))
-        output = torch.full((first_output[-1], self.head_dim), torch.nan, device=self.device)
-        kvfold.paged_kv_compress(
-            kv_score,
-            self.ape,
-            self.paged_kv,
-            self.paged_score,
-            self._int32(self.pages_kv.table[step.slot]),
-            self._int32(self.pages_score.table[step.slot]),
-            output,
-            self._int32(step.end),
-            self._int32(np.concatenate(([0], step.new.cumsum()))),
-            self._int32(first_output),
-            self.compress_ratio,
-            NEXT_N,
-        )
-        summary.variants.add(self._variant(len(step.slot)))
-        self._check(step, first_output, output, summary)
+        kv_score, output = self._buffers(len(step.slot))
+        new = self._random(int(step.new.sum()), 2 * self.state_dim).bfloat16()
+        kv_score[: len(new)] = new
+        output.fill_(torch.nan)
+        self._remember(step, new)
+        arrays = {
+            "block_table_kv": self.pages_kv.table[step.slot],
+            "block_table_score": self.pages_score.table[step.slot],
+            "kv_lens": step.end,
+            "cu_seq_lens": np.concatenate(([0], step.new.cumsum())),
+            "cu_outputs": self._first_output(step),
+        }
+        return {self._name(name): array.astype(np.int32) for name, array in arrays.items()}
 
-    def _check(
-        self, step: Step, first_output: np.ndarray, output: Tensor, summary: Summary
-    ) -> None:
+    def compress(self, inputs: dict[str, Tensor], ape: Tensor, size: int) -> None:
+        """Calls the op on a batch of `size` requests, of which `prepare` has been told."""
+        kv_score, output = self._buffers(size)
+        tables = [inputs[self._name(f"block_table_{pool}")] for pool in ("kv", "score")]
+        lengths = [inputs[self._name(n)] for n in ("kv_lens", "cu_seq_lens", "cu_outputs")]
+        kvfold.paged_kv_compress(
+            kv_score, ape, self.paged_kv, self.paged_score, *tables, output, *lengths,
+            self.compress_ratio, NEXT_N,
+        )  # fmt: skip
+
+    def _name(self, name: str) -> str:
+        return f"{name}_{self.compress_ratio}"
+
+    def _buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """kv_score and output of a batch size; they stay, for a CUDA graph knows where they are."""
+        if size not in self.buffers:
+            rows = size * -(-NEXT_N // self.compress_ratio)
+            self.buffers[size] = (
+                torch.zeros(
+                    size * NEXT_N, 2 * self.state_dim, dtype=torch.bfloat16, device=self.device
+                ),
+                torch.zeros(rows, self.head_dim, device=self.device),
+            )
+        return self.buffers[size]
+
+    def _first_output(self, step: Step) -> np.ndarray:
+        return np.concatenate(([0], (-(-step.new // self.compress_ratio)).cumsum()))
+
+    def check(self, step: Step, summary: Summary) -> None:
         """Compares the output with the history; rows that are not due must still be NaN."""
+        first_output, (_, output) = self._first_output(step), self._buffers(len(step.slot))
+        summary.variants.add(self._variant(len(step.slot)))
         first = step.start // self.compress_ratio
         count = step.end // self.compress_ratio - first
         request = np.repeat(np.arange(len(count)), count)
@@ -325,6 +365,3 @@ class Layer:
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
-
-    def _int32(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)

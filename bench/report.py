@@ -119,7 +119,7 @@ def extended(report: Report, rows: list[Row]) -> Report:
     return replace(report, rows=[*report.rows, *rows])
 
 
-def save(report: Report, file: Path) -> None:
+def save(report: Environment, file: Path) -> None:
     """Writes a report as JSON in one step."""
     rounded = json.loads(json.dumps(asdict(report)), parse_float=lambda text: round(float(text), 4))
     write_text(json.dumps(rounded, indent=1) + "\n", file)

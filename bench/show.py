@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from kvfold.bench.demo import Summary
 from kvfold.bench.report import Report, Row
 from kvfold.bench.runner import Checked
+from kvfold.bench.step import StepRow
 from kvfold.codegen import Bucket, Table, Variant
 from kvfold.nvrtc import Compiled
 
@@ -186,6 +187,7 @@ def summary(done: Summary) -> RichTable:
         ("backend", done.backend),
         ("variants", "\n".join(sorted(done.variants))),
         ("steps", f"{done.steps}: {done.requests} requests, {done.tokens} drafted tokens"),
+        *([("one launch", f"{done.replayed} of the steps, by CUDA graph")] * bool(done.replayed)),
         ("rows emitted", f"{done.rows}, {done.again} of them again after a rollback: {right}"),
         ("largest error", f"{done.largest_error:.2e} against float64"),
         ("time", f"{done.seconds:.1f} s"),
@@ -251,6 +253,25 @@ def host_times(rows: Sequence[Row]) -> str | None:
     }
     medians = (f"{statistics.median(us):.1f} by {way}" for way, us in ways.items() if us)
     return f"host us per call, median over {len(compared)} points: {', '.join(medians)}"
+
+
+def steps(rows: Sequence[StepRow]) -> RichTable:
+    """What a decode step costs on each way."""
+    names = ["us", "min", "max", "host us", "kernels us", "copies us", "waits"]
+    view = grid(f"One decode step: {_fields(rows[0].problem)}", ["batch", "way"], names)
+    for row in rows:
+        view.add_row(
+            str(row.batch),
+            row.scenario,
+            f"[bold]{row.median_us:.0f}[/]",
+            f"{row.min_us:.0f}",
+            f"{row.max_us:.0f}",
+            f"{row.host_us:.0f}",
+            f"{row.device_us:.0f}",
+            "" if row.copy_us is None else f"{row.copy_us:.0f}",
+            str(row.syncs),
+        )
+    return view
 
 
 def checked(points: Iterable[Checked]) -> RichTable:

@@ -13,20 +13,21 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)[1]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_example_runs():
+@pytest.mark.parametrize("example", blocks("python"), ids=["a call", "a step"])
+def test_the_example_runs(example):
     torch.manual_seed(0)
     namespace = {}
-    exec(block("python"), namespace)
+    exec(example, namespace)
     assert namespace["output"].isfinite().all()
     assert namespace["output"].norm() > 0
 
 
 def test_the_row_to_add_is_what_the_listing_shows(tmp_path):
-    added = "\n".join(line[1:] for line in block("diff").splitlines() if line.startswith("+"))
+    added = "\n".join(line[1:] for line in blocks("diff")[0].splitlines() if line.startswith("+"))
     file = tmp_path / "mine.yaml"
     file.write_text(f"version: 1\npaged_kv_compress:\n{added}\n")
     table = load_table(file)

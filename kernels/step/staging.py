@@ -1,0 +1,353 @@
+"""Uploads from the host to the device that the host need not wait for.
+
+A copy is asynchronous only from pinned memory, which must stay as it is until the copy has been
+made. Here it is a ring buffer of fixed size, whose slots are taken again once an event behind their
+copy has passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvfold.step.ring import Ring
+
+log = logging.getLogger("kvfold")
+
+ALIGNMENT = 256  # bytes; that of a device allocation, so that views are as good as allocations
+
+_kept: list[torch.Tensor] = []  # memory of pools dropped during a capture, when nothing can wait
+
+
+@dataclass(frozen=True)
+class StagingCounters:
+    """What a pool has done so far.
+
+    Attributes:
+        uploads: calls of upload and upload_into that went through.
+        copies: host-to-device copies they issued.
+        bytes: bytes of the arrays, without what lies between them.
+        waits: times a full ring waited for its oldest slot.
+        high_water_bytes: the most bytes of the ring in use at once.
+        synchronisations: other waits of an upload for the device. There are none: 0.
+    """
+
+    uploads: int
+    copies: int
+    bytes: int
+    waits: int
+    high_water_bytes: int
+    synchronisations: int = 0
+
+
+class StagingPool:
+    """A pinned ring buffer of `capacity_bytes` for uploads to a device. It never grows.
+
+    On a CPU everything is done at once, with the same results, errors and counters. Threads may
+    share a pool; uploads are made one at a time, each on its thread's current stream.
+
+    Args:
+        device: a CUDA device, the current one if it has no index, or the CPU.
+        capacity_bytes: must hold the largest upload; more lets more uploads be under way.
+        fallback: take pageable memory where none can be pinned, and say so. Uploads may then wait.
+
+    Raises:
+        ValueError: no such kind of device, or a capacity that is no positive int.
+        RuntimeError: the memory cannot be pinned.
+    """
+
+    def __init__(
+        self, device: torch.device | str | int, capacity_bytes: int, *, fallback: bool = False
+    ) -> None:
+        self.device = _device(device)
+        if type(capacity_bytes) is not int or capacity_bytes <= 0:
+            raise ValueError(f"capacity_bytes is {capacity_bytes!r}; accepted: a positive int")
+        self._ring = Ring(capacity_bytes, ALIGNMENT)
+        self._lock = threading.Lock()
+        self._uploads = self._copies = self._bytes = 0
+        with self._on_device():
+            self._memory = _allocate(capacity_bytes, self.device.type == "cuda", fallback)
+        # The finalizer holds the memory too, so it outlives the copies under way.
+        self._finalizer = weakref.finalize(self, _abandon, *self._parts())
+
+    @property
+    def counters(self) -> StagingCounters:
+        """A snapshot."""
+        with self._lock:
+            return StagingCounters(
+                uploads=self._uploads,
+                copies=self._copies,
+                bytes=self._bytes,
+                waits=self._ring.waits,
+                high_water_bytes=self._ring.high_water,
+            )
+
+    def upload(self, arrays: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+        """New device tensors with the arrays' values, shapes and dtypes, contiguous.
+
+        They are views of one allocation, each at a multiple of 256 bytes, which one asynchronous
+        copy on the current stream fills. The arrays may be changed once this returns.
+
+        Raises:
+            ValueError: no array, one of a dtype torch does not have, one that is not on the CPU,
+                or more bytes than the ring has.
+            RuntimeError: the pool is closed, or the current stream is being captured.
+        """
+        with self._lock, self._on_device():
+            self._check_usable()
+            packing = self._pack(arrays)
+            block = torch.empty(packing.size, dtype=torch.uint8, device=self.device)
+            self._send(packing, {0: block} if packing.size else {})
+        return packing.views(block)
+
+    def upload_into(
+        self,
+        destinations: Mapping[str, torch.Tensor],
+        arrays: Mapping[str, torch.Tensor | np.ndarray],
+    ) -> None:
+        """Refreshes tensors on the device, such as those a captured graph reads.
+
+        One asynchronous copy on the current stream if the destinations are all that one `upload`
+        returned, in its order; else one for each of them. After an error nothing is copied.
+
+        Args:
+            destinations: contiguous tensors on the pool's device.
+            arrays: of the same names, shapes and dtypes.
+
+        Raises:
+            ValueError: as `upload`; or an array and its destination do not match.
+            RuntimeError: as `upload`.
+        """
+        with self._lock, self._on_device():
+            self._check_usable()
+            for name in arrays:
+                if name not in destinations:
+                    raise ValueError(
+                        f"array {name!r} has no destination; {_accepted(destinations)}"
+                    )
+            for name in destinations:
+                if name not in arrays:
+                    raise ValueError(f"destination {name!r} has no array; {_accepted(arrays)}")
+            # In the destinations' order, for that is the order upload() laid them out in.
+            packing = self._pack({name: arrays[name] for name in destinations})
+            for name, source in packing.sources.items():
+                _check_destination(name, destinations[name], source, self.device)
+            self._send(packing, packing.targets(destinations))
+
+    def close(self) -> None:
+        """Waits for the copies under way, if any, and gives the memory back."""
+        with self._lock:
+            if self._finalizer.detach() is not None:
+                _finish(*self._parts())
+                del self._memory
+
+    def __enter__(self) -> StagingPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _parts(self) -> tuple[torch.device, Ring, torch.Tensor]:
+        return self.device, self._ring, self._memory
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if is_cuda else contextlib.nullcontext()
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("the staging pool is closed")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the current stream is being captured: the graph would copy from a slot that is "
+                "reused by the time it is replayed; upload before the capture, and before each "
+                "replay with upload_into"
+            )
+
+    def _pack(self, arrays: Mapping[str, torch.Tensor | np.ndarray]) -> _Packing:
+        packing = _Packing.of({name: _source(name, array) for name, array in arrays.items()})
+        if packing.size > self._ring.capacity:
+            raise ValueError(
+                f"an upload of {packing.size} bytes does not fit in the ring of "
+                f"{self._ring.capacity} bytes (capacity_bytes)"
+            )
+        return packing
+
+    def _send(self, packing: _Packing, targets: dict[int, torch.Tensor]) -> None:
+        """Copies through one slot to uint8 device tensors, by the offset in it of their bytes."""
+        if packing.size:
+            offset = self._ring.reserve(packing.size)
+            slot = self._memory[offset : offset + packing.size]
+            try:
+                with torch.inference_mode():  # where every tensor may be written to
+                    for name, view in packing.views(slot).items():
+                        view.copy_(packing.sources[name])
+                    for start, target in targets.items():
+                        target.copy_(slot[start : start + target.numel()], non_blocking=True)
+            finally:  # some copies may be under way
+                self._ring.commit(offset, packing.size, self._done())
+        self._uploads += 1
+        self._copies += len(targets)
+        self._bytes += sum(source.nbytes for source in packing.sources.values())
+
+    def _done(self) -> torch.cuda.Event | _Now:
+        """When the work queued so far on the current stream is done."""
+        if self.device.type != "cuda":
+            return _Now()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+
+class _Now:
+    """The end of what is over already."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where arrays lie in a slot, or in a device allocation, of `size` bytes."""
+
+    sources: dict[str, torch.Tensor]
+    offsets: dict[str, int]  # bytes
+    size: int
+
+    @classmethod
+    def of(cls, sources: dict[str, torch.Tensor]) -> _Packing:
+        offsets, size = {}, 0
+        for name, source in sources.items():
+            offsets[name] = -(-size // ALIGNMENT) * ALIGNMENT
+            size = offsets[name] + source.nbytes
+        return cls(sources, offsets, size)
+
+    def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arrays' places in uint8 [size], with their shapes and dtypes."""
+        return {
+            name: block[start : start + source.nbytes].view(source.dtype).view(source.shape)
+            for (name, source), start in zip(
+                self.sources.items(), self.offsets.values(), strict=True
+            )
+        }
+
+    def targets(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The arrays' destinations as uint8, by offset: one if `upload` returned them so.
+
+        A storage of just this size has nothing else in it that one copy would overwrite.
+        """
+        storages = [tensor.untyped_storage() for tensor in tensors.values()]
+        if (
+            self.size
+            and all(storage.nbytes() == self.size for storage in storages)
+            and len({storage.data_ptr() for storage in storages}) == 1
+            and all(
+                tensor.storage_offset() * tensor.itemsize == self.offsets[name]
+                for name, tensor in tensors.items()
+            )
+        ):
+            block = torch.empty(0, dtype=torch.uint8, device=storages[0].device)
+            return {0: block.set_(storages[0], 0, (self.size,))}
+        return {
+            self.offsets[name]: tensor.view(-1).view(torch.uint8)
+            for name, tensor in tensors.items()
+            if tensor.numel()
+        }
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"device is {str(device)!r}; accepted: a CUDA device or 'cpu'")
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _allocate(capacity: int, pinned: bool, fallback: bool) -> torch.Tensor:
+    """uint8 [capacity] on the host, pinned or, where that fails and `fallback`, pageable."""
+    if pinned:
+        try:
+            return torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            if not fallback:
+                raise RuntimeError(
+                    f"cannot pin {capacity} bytes of host memory for the staging pool: lower "
+                    "capacity_bytes, raise the limit on locked memory (ulimit -l), or give "
+                    "fallback=True for pageable memory"
+                ) from error
+            log.warning(
+                "cannot pin %d bytes of host memory; uploads go through pageable memory: %s",
+                capacity,
+                error,
+            )
+    return torch.empty(capacity, dtype=torch.uint8, device="cpu")
+
+
+def _finish(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
+    """Waits until the memory's copies are made; during a capture, keeps it for good instead."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _kept.append(memory)  # looking at an event would spoil the capture
+    else:
+        ring.drain()
+
+
+def _abandon(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
+    """_finish() for a pool that nobody closed, perhaps at the interpreter's exit."""
+    with contextlib.suppress(Exception):  # nobody to tell; a failed device makes no more copies
+        _finish(device, ring, memory)
+
+
+def _source(name: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """An array as a CPU tensor."""
+    if isinstance(array, np.ndarray):
+        try:
+            # torch takes no negative strides, and warns of arrays that cannot be written to.
+            return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"array {name!r} is of dtype {array.dtype!r}; accepted: dtypes torch has"
+            ) from error
+    if not isinstance(array, torch.Tensor):
+        raise ValueError(
+            f"array {name!r} is of type {type(array).__name__}; accepted: tensors, numpy arrays"
+        )
+    if array.device.type != "cpu":
+        raise ValueError(f"array {name!r} is on {str(array.device)!r}; accepted: 'cpu'")
+    return array
+
+
+def _check_destination(
+    name: str, destination: torch.Tensor, source: torch.Tensor, device: torch.device
+) -> None:
+    """Raises ValueError if the source's bytes cannot be copied to the destination's."""
+    if not isinstance(destination, torch.Tensor):
+        value, accepted = f"of type {type(destination).__name__}", "tensors"
+    elif destination.device != device:
+        value, accepted = f"on {str(destination.device)!r}", f"{str(device)!r}"
+    elif destination.dtype != source.dtype:
+        value, accepted = f"of dtype {destination.dtype}", f"{source.dtype}, the array's"
+    elif destination.shape != source.shape:
+        value = f"of shape {tuple(destination.shape)}"
+        accepted = f"{tuple(source.shape)}, the array's"
+    elif not destination.is_contiguous():
+        value, accepted = f"of stride {destination.stride()}", "contiguous tensors"
+    else:
+        return
+    raise ValueError(f"destination {name!r} is {value}; accepted: {accepted}")
+
+
+def _accepted(names: Mapping[str, object]) -> str:
+    return f"accepted: {', '.join(map(repr, names)) or 'none'}"

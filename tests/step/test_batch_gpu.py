@@ -1,0 +1,152 @@
+"""StepBatch on a GPU: captured at the second step, then replayed with new contents; bounded."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvfold.step import StepBatch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def batch():
+    with StepBatch("cuda", 1 << 20, max_graphs=3) as batch:
+        yield batch
+
+
+def step(batch, key, value, body=None, size=1000):
+    with batch.step(key) as step:
+        inputs = step.upload({"a": torch.full((size,), float(value))})
+        return step.run(body or (lambda inputs: inputs["a"] * 2 + 1), inputs)
+
+
+def test_the_second_step_is_captured_and_later_ones_take_new_contents(batch):
+    for value in range(10):
+        output = step(batch, "key", value)
+        assert batch.read(output).unique().tolist() == [2 * value + 1]
+    counters = batch.counters
+    assert (counters.eager, counters.captured, counters.replayed) == (1, 1, 9)
+
+
+def test_the_body_is_not_called_once_it_is_captured(batch):
+    calls = []
+    for value in range(5):
+        step(batch, "key", value, lambda inputs: calls.append(1) or inputs["a"] + 1)
+    assert len(calls) == 2
+
+
+def test_a_replayed_step_waits_for_nothing(batch):
+    for value in range(3):
+        step(batch, "key", value)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = step(batch, "key", 7)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert batch.read(outputs).unique().tolist() == [15]
+
+
+def test_more_keys_than_graphs(batch):
+    for round_ in range(4):
+        for key in range(5):
+            output = step(batch, key, 10 * round_ + key, size=100 + key)
+            assert batch.read(output).tolist() == [2 * (10 * round_ + key) + 1] * (100 + key)
+    assert batch.counters.evicted == 4 * 5 - 3
+    assert batch.counters.captured == 0  # each key was forgotten before its second step
+    for value in range(4):
+        step(batch, "stays", value)
+    assert batch.counters.captured == 1
+
+
+def test_a_graphs_memory_is_released_only_when_it_is_done(batch):
+    def slow(inputs):
+        torch.cuda._sleep(int(5e7))
+        return inputs["a"] * 2 + 1
+
+    for value in range(3):
+        output = step(batch, "slow", value, slow)
+    before = batch.counters.synchronisations
+    for key in range(3):  # the third drives it out while it runs
+        step(batch, key, 0)
+    assert batch.counters.synchronisations == before + 1
+    torch.empty_like(output).fill_(-1)
+    assert batch.read(step(batch, "slow", 5, slow)).unique().tolist() == [11]
+
+
+def test_a_body_that_cannot_be_captured_runs_eagerly_said_once(batch, caplog):
+    def synchronises(inputs):
+        return inputs["a"] * float(inputs["a"][0].item())
+
+    with caplog.at_level(logging.WARNING, "kvfold"):
+        for value in range(5):
+            output = step(batch, "key", value, synchronises)
+            assert batch.read(output).unique().tolist() == [value * value]
+    assert sum("cannot be captured" in record.message for record in caplog.records) == 1
+    assert batch.counters.captured == 0 and batch.counters.eager == 5
+    for value in range(3):  # and other keys are still captured
+        assert batch.read(step(batch, "other", value)).unique().tolist() == [2 * value + 1]
+    assert batch.counters.captured == 1
+
+
+def test_an_exception_on_capture_leaves_nothing(batch):
+    def fails_when_captured(inputs):
+        result = inputs["a"] + 1
+        if fail:
+            raise KeyError("mine")
+        return result
+
+    fail = False
+    step(batch, "key", 0, fails_when_captured)
+    fail = True
+    with pytest.raises(KeyError, match="mine"):
+        step(batch, "key", 1, fails_when_captured)
+    fail = False
+    for value in range(4):
+        output = step(batch, "key", value, fails_when_captured)
+        assert batch.read(output).unique().tolist() == [value + 1]
+    assert batch.counters.captured == 1
+    assert not torch.cuda.is_current_stream_capturing()
+
+
+def test_steps_on_changing_streams_are_in_order(batch):
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    total = torch.zeros(1000, device="cuda")
+
+    def adds(inputs):
+        torch.cuda._sleep(int(1e6))
+        total.add_(inputs["a"])
+
+    torch.cuda.synchronize()
+    for value in range(20):
+        with torch.cuda.stream(streams[value % 2]):
+            step(batch, "key", value, adds)
+    with torch.cuda.stream(streams[1]):
+        assert batch.read(total).unique().tolist() == [sum(range(20))]
+
+
+def test_synchronize_waits_only_for_something(batch):
+    batch.synchronize()
+    assert batch.counters.synchronisations == 0
+    step(batch, "key", 1)
+    batch.synchronize()
+    batch.synchronize()
+    assert batch.counters.synchronisations == 1
+
+
+def test_the_interpreter_may_end_with_a_step_under_way():
+    program = (
+        "import torch\n"
+        "from kvfold.step import StepBatch\n"
+        "batch = StepBatch('cuda', 1 << 20)\n"
+        "for n in range(4):\n"
+        "    with batch.step('key') as step:\n"
+        "        a = step.upload({'a': torch.ones(1000)})\n"
+        "        step.run(lambda a: (torch.cuda._sleep(int(1e8)), a['a'] + 1), a)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
