@@ -9,14 +9,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from kvfold.step.staging import StagingPool
+from kvfold.step.staging import Array, Staged, StagingPool
 
 log = logging.getLogger("kvfold")
-
-Array = torch.Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class BatchCounters:
 class _Entry:
     """What is kept of a key: its inputs on the device, and once there is one, its graph."""
 
-    inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    inputs: list[Staged] = field(default_factory=list)
     graph: torch.cuda.CUDAGraph | None = None
     result: Any = None
     seen: bool = False
@@ -182,12 +179,12 @@ class StepBatch:
     def _upload(self, entry: _Entry, number: int, arrays: Mapping[str, Array]) -> dict:
         self._pending = self._on_gpu
         if number < len(entry.inputs):
-            self.staging.upload_into(entry.inputs[number], arrays)
+            entry.inputs[number].refresh(arrays)
         elif entry.graph is None:
-            entry.inputs.append(self.staging.upload(arrays))
+            entry.inputs.append(self.staging.stage(arrays))
         else:
             raise ValueError(f"upload {number + 1} in a step; accepted for its key: {number}")
-        return entry.inputs[number]
+        return entry.inputs[number].tensors
 
     # ---- keys, streams ---------------------------------------------------------------------------
 

@@ -8,11 +8,14 @@ copy has passed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ import torch
 from kvfold.step.ring import Ring
 
 log = logging.getLogger("kvfold")
+
+Array = torch.Tensor | np.ndarray
 
 ALIGNMENT = 256  # bytes; that of a device allocation, so that views are as good as allocations
 
@@ -89,7 +94,7 @@ class StagingPool:
                 high_water_bytes=self._ring.high_water,
             )
 
-    def upload(self, arrays: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+    def upload(self, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
         """New device tensors with the arrays' values, shapes and dtypes, contiguous.
 
         They are views of one allocation, each at a multiple of 256 bytes, which one asynchronous
@@ -100,17 +105,27 @@ class StagingPool:
                 or more bytes than the ring has.
             RuntimeError: the pool is closed, or the current stream is being captured.
         """
+        return self.stage(arrays).tensors
+
+    def stage(self, arrays: Mapping[str, Array]) -> Staged:
+        """As `upload`, for tensors that are to be refreshed: `Staged.refresh` is quick."""
         with self._lock, self._on_device():
             self._check_usable()
             packing = self._pack(arrays)
             block = torch.empty(packing.size, dtype=torch.uint8, device=self.device)
-            self._send(packing, {0: block} if packing.size else {})
-        return packing.views(block)
+            self._send(packing, arrays, {0: block} if packing.size else {})
+        return Staged(self, packing, block)
+
+    def _refresh(self, packing: _Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
+        packing.check(arrays)
+        with self._lock, self._on_device():
+            self._check_usable()
+            self._send(packing, arrays, {0: block} if packing.size else {})
 
     def upload_into(
         self,
         destinations: Mapping[str, torch.Tensor],
-        arrays: Mapping[str, torch.Tensor | np.ndarray],
+        arrays: Mapping[str, Array],
     ) -> None:
         """Refreshes tensors on the device, such as those a captured graph reads.
 
@@ -137,9 +152,9 @@ class StagingPool:
                     raise ValueError(f"destination {name!r} has no array; {_accepted(arrays)}")
             # In the destinations' order, for that is the order upload() laid them out in.
             packing = self._pack({name: arrays[name] for name in destinations})
-            for name, source in packing.sources.items():
-                _check_destination(name, destinations[name], source, self.device)
-            self._send(packing, packing.targets(destinations))
+            for place in packing.places:
+                _check_destination(destinations[place.name], place, self.device)
+            self._send(packing, arrays, packing.targets(destinations))
 
     def close(self) -> None:
         """Waits for the copies under way, if any, and gives the memory back."""
@@ -171,8 +186,8 @@ class StagingPool:
                 "replay with upload_into"
             )
 
-    def _pack(self, arrays: Mapping[str, torch.Tensor | np.ndarray]) -> _Packing:
-        packing = _Packing.of({name: _source(name, array) for name, array in arrays.items()})
+    def _pack(self, arrays: Mapping[str, Array]) -> _Packing:
+        packing = _Packing.of(arrays)
         if packing.size > self._ring.capacity:
             raise ValueError(
                 f"an upload of {packing.size} bytes does not fit in the ring of "
@@ -180,22 +195,23 @@ class StagingPool:
             )
         return packing
 
-    def _send(self, packing: _Packing, targets: dict[int, torch.Tensor]) -> None:
+    def _send(
+        self, packing: _Packing, arrays: Mapping[str, Array], targets: dict[int, torch.Tensor]
+    ) -> None:
         """Copies through one slot to uint8 device tensors, by the offset in it of their bytes."""
         if packing.size:
             offset = self._ring.reserve(packing.size)
             slot = self._memory[offset : offset + packing.size]
+            packing.write(arrays, slot)
             try:
                 with torch.inference_mode():  # where every tensor may be written to
-                    for name, view in packing.views(slot).items():
-                        view.copy_(packing.sources[name])
                     for start, target in targets.items():
                         target.copy_(slot[start : start + target.numel()], non_blocking=True)
             finally:  # some copies may be under way
                 self._ring.commit(offset, packing.size, self._done())
         self._uploads += 1
         self._copies += len(targets)
-        self._bytes += sum(source.nbytes for source in packing.sources.values())
+        self._bytes += packing.nbytes
 
     def _done(self) -> torch.cuda.Event | _Now:
         """When the work queued so far on the current stream is done."""
@@ -216,30 +232,84 @@ class _Now:
         pass
 
 
+class Staged:
+    """Tensors on the device that one copy fills, and fills again.
+
+    Attributes:
+        tensors: name -> tensor, as StagingPool.upload returns them.
+    """
+
+    def __init__(self, pool: StagingPool, packing: _Packing, block: torch.Tensor) -> None:
+        self.tensors = packing.views(block)
+        self._pool, self._packing, self._block = pool, packing, block
+
+    def refresh(self, arrays: Mapping[str, Array]) -> None:
+        """Gives the tensors new values, from arrays of the same names, shapes and dtypes.
+
+        Raises:
+            ValueError: they are not; nothing is copied.
+            RuntimeError: as StagingPool.upload.
+        """
+        self._pool._refresh(self._packing, self._block, arrays)
+
+
+class _Place(NamedTuple):
+    """Where an array lies in a slot, or in a device allocation; in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class _Packing:
-    """Where arrays lie in a slot, or in a device allocation, of `size` bytes."""
+    """Where arrays lie in `size` bytes, of which `nbytes` are theirs."""
 
-    sources: dict[str, torch.Tensor]
-    offsets: dict[str, int]  # bytes
+    places: tuple[_Place, ...]
     size: int
+    nbytes: int
 
     @classmethod
-    def of(cls, sources: dict[str, torch.Tensor]) -> _Packing:
-        offsets, size = {}, 0
-        for name, source in sources.items():
-            offsets[name] = -(-size // ALIGNMENT) * ALIGNMENT
-            size = offsets[name] + source.nbytes
-        return cls(sources, offsets, size)
+    def of(cls, arrays: Mapping[str, Array]) -> _Packing:
+        places, size = [], 0
+        for name, array in arrays.items():
+            dtype, nbytes = _dtype(name, array), array.nbytes
+            start = math.ceil(size / ALIGNMENT) * ALIGNMENT
+            places.append(_Place(name, dtype, tuple(array.shape), start, nbytes))
+            size = start + nbytes
+        return cls(tuple(places), size, sum(place.nbytes for place in places))
+
+    def check(self, arrays: Mapping[str, Array]) -> None:
+        """Raises ValueError unless they are as those that were packed."""
+        if arrays.keys() != {place.name for place in self.places}:
+            raise ValueError(
+                f"arrays are {', '.join(map(repr, arrays)) or 'none'}; "
+                f"{_accepted(place.name for place in self.places)}"
+            )
+        for place in self.places:
+            array = arrays[place.name]
+            if _dtype(place.name, array) != place.dtype or array.shape != place.shape:
+                raise ValueError(
+                    f"array {place.name!r} is of shape {tuple(array.shape)}, {array.dtype}; "
+                    f"accepted: {place.shape}, {place.dtype}, as at first"
+                )
+
+    def write(self, arrays: Mapping[str, Array], slot: torch.Tensor) -> None:
+        """Puts the arrays in uint8 [size] on the host."""
+        raw = slot.numpy()
+        for place in self.places:
+            array = arrays[place.name]
+            if isinstance(array, np.ndarray):  # several times as quick as through torch
+                end = place.start + place.nbytes
+                raw[place.start : end].view(array.dtype).reshape(array.shape)[...] = array
+            else:
+                _part(slot, place).copy_(array.detach())
 
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays' places in uint8 [size], with their shapes and dtypes."""
-        return {
-            name: block[start : start + source.nbytes].view(source.dtype).view(source.shape)
-            for (name, source), start in zip(
-                self.sources.items(), self.offsets.values(), strict=True
-            )
-        }
+        return {place.name: _part(block, place) for place in self.places}
 
     def targets(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
         """The arrays' destinations as uint8, by offset: one if `upload` returned them so.
@@ -252,17 +322,22 @@ class _Packing:
             and all(storage.nbytes() == self.size for storage in storages)
             and len({storage.data_ptr() for storage in storages}) == 1
             and all(
-                tensor.storage_offset() * tensor.itemsize == self.offsets[name]
-                for name, tensor in tensors.items()
+                tensors[place.name].storage_offset() * place.dtype.itemsize == place.start
+                for place in self.places
             )
         ):
             block = torch.empty(0, dtype=torch.uint8, device=storages[0].device)
             return {0: block.set_(storages[0], 0, (self.size,))}
         return {
-            self.offsets[name]: tensor.view(-1).view(torch.uint8)
-            for name, tensor in tensors.items()
-            if tensor.numel()
+            place.start: tensors[place.name].detach().view(-1).view(torch.uint8)
+            for place in self.places
+            if place.nbytes
         }
+
+
+def _part(block: torch.Tensor, place: _Place) -> torch.Tensor:
+    """A place's part of uint8 [size], with its shape and dtype."""
+    return block[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
 
 
 def _device(device: torch.device | str | int) -> torch.device:
@@ -310,12 +385,11 @@ def _abandon(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
         _finish(device, ring, memory)
 
 
-def _source(name: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """An array as a CPU tensor."""
+def _dtype(name: str, array: Array) -> torch.dtype:
+    """The dtype that a CPU array has on the device; ValueError if it is none."""
     if isinstance(array, np.ndarray):
         try:
-            # torch takes no negative strides, and warns of arrays that cannot be written to.
-            return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            return _torch_dtype(array.dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"array {name!r} is of dtype {array.dtype!r}; accepted: dtypes torch has"
@@ -326,28 +400,31 @@ def _source(name: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
         )
     if array.device.type != "cpu":
         raise ValueError(f"array {name!r} is on {str(array.device)!r}; accepted: 'cpu'")
-    return array
+    return array.dtype
 
 
-def _check_destination(
-    name: str, destination: torch.Tensor, source: torch.Tensor, device: torch.device
-) -> None:
-    """Raises ValueError if the source's bytes cannot be copied to the destination's."""
+@functools.cache
+def _torch_dtype(dtype: np.dtype) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _check_destination(destination: torch.Tensor, place: _Place, device: torch.device) -> None:
+    """Raises ValueError if an array's bytes cannot be copied to the destination's."""
     if not isinstance(destination, torch.Tensor):
         value, accepted = f"of type {type(destination).__name__}", "tensors"
     elif destination.device != device:
         value, accepted = f"on {str(destination.device)!r}", f"{str(device)!r}"
-    elif destination.dtype != source.dtype:
-        value, accepted = f"of dtype {destination.dtype}", f"{source.dtype}, the array's"
-    elif destination.shape != source.shape:
+    elif destination.dtype != place.dtype:
+        value, accepted = f"of dtype {destination.dtype}", f"{place.dtype}, the array's"
+    elif destination.shape != place.shape:
         value = f"of shape {tuple(destination.shape)}"
-        accepted = f"{tuple(source.shape)}, the array's"
+        accepted = f"{place.shape}, the array's"
     elif not destination.is_contiguous():
         value, accepted = f"of stride {destination.stride()}", "contiguous tensors"
     else:
         return
-    raise ValueError(f"destination {name!r} is {value}; accepted: {accepted}")
+    raise ValueError(f"destination {place.name!r} is {value}; accepted: {accepted}")
 
 
-def _accepted(names: Mapping[str, object]) -> str:
+def _accepted(names: Iterable[str]) -> str:
     return f"accepted: {', '.join(map(repr, names)) or 'none'}"
