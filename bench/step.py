@@ -189,11 +189,11 @@ def measure(
 
 def _row(name: str, shape: Shape, model: list[Layer], one_step: OneStep) -> StepRow:
     steps = step_model.steady_steps(shape)
-    metadata = [step_model.metadata(shape, *next(steps)) for _ in range(16)]
+    offloads = name == "staging_batch_prefetch"  # where a step takes up to a quarter of a second
+    metadata = [step_model.metadata(shape, *next(steps)) for _ in range(8 if offloads else 32)]
     for arrays in metadata[:WARM_UP]:
         one_step(arrays)
-    offloads = name == "staging_batch_prefetch"
-    times = [_wall(one_step, metadata) for _ in range(3 if offloads else 7)]
+    times = [_wall(one_step, metadata) for _ in range(3 if offloads else 9)]
     device_us, syncs = _profile(one_step, metadata[0])
     return StepRow(
         op="step",
@@ -237,7 +237,7 @@ def _profile(one_step: OneStep, arrays: dict) -> tuple[float, int]:
     """(sum of the kernels' times in microseconds, waits of the host) of one step."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         with torch.profiler.record_function("kvfold step"):
             one_step(arrays)
         torch.cuda.synchronize()

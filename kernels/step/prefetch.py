@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,20 +40,44 @@ class PrefetchCounters:
     waited_us: float
 
 
+class _Use(NamedTuple):
+    """The last thing done with some bytes of a buffer."""
+
+    start: int
+    end: int
+    done: torch.cuda.Event | None
+
+
 class _Buffer:
-    """Device memory that holds one segment at a time."""
+    """Device memory that holds one segment at a time.
+
+    Its uses are told apart by bytes: one tensor of the next segment may come in where another of
+    the last one has gone home. Else segments of unequal size would keep the link waiting.
+    """
 
     def __init__(self, nbytes: int, device: torch.device):
         self.flat = _allocate(nbytes, device)
-        self.busy: torch.cuda.Event | None = None  # the last thing done with it
+        self.uses: list[_Use] = []
 
     def views(self, segment: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        views, start = {}, 0
-        for name, host in segment.items():
-            piece = self.flat[start : start + host.nbytes]
-            views[name] = piece.view(host.dtype).view(host.shape)
-            start += _aligned(host.nbytes)
-        return views
+        return {
+            name: self.flat[start:end].view(segment[name].dtype).view(segment[name].shape)
+            for name, start, end in _pieces(segment)
+        }
+
+    def used(self, *uses: _Use) -> None:
+        """Takes these, which begin at 0 and come after all before, for the last uses."""
+        end = max((use.end for use in uses), default=0)
+        # Those before stay where they reach further: a smaller segment says nothing of these bytes.
+        self.uses = [use for use in self.uses if use.end > end] + list(uses)
+
+    def wait(
+        self, stream: torch.cuda.Stream | None, start: int = 0, end: int = sys.maxsize
+    ) -> None:
+        """Lets a stream wait until these bytes are free."""
+        for use in self.uses:
+            if use.start < end and start < use.end:
+                _wait(stream, use.done)
 
 
 class _Pending(NamedTuple):
@@ -132,11 +157,11 @@ class SegmentPrefetcher:
         self._sides = tuple(s for s in (self._inbound, self._outbound) if s is not None)
         for buffer in self._buffers:
             # Whatever had the memory before may still use it; whoever gets it next waits for us.
-            buffer.busy = _record(self._current())
+            buffer.used(_Use(0, largest, _record(self._current())))
             for stream in self._sides:
                 buffer.flat.record_stream(stream)
         self._pending: _Pending | None = None
-        self._home: torch.cuda.Event | None = None  # the last write-back; they run in order
+        self._homes: dict[int, torch.cuda.Event | None] = {}  # each segment's last write-back
         self._arrival: torch.cuda.Event | None = None  # the last one that no graph holds
         self._joined = True  # nothing runs on a side stream that the current one need wait for
         self._captured = False  # the events belong to a capture
@@ -253,7 +278,7 @@ class SegmentPrefetcher:
         if pending is not None and (pending.index, pending.signature) == wanted:
             buffer = pending.buffer
             self._adopted += 1
-            _wait(current, buffer.busy)
+            buffer.wait(current)
         else:
             # Not the pending one's buffer, into which a copy may still run.
             buffer = self._buffers[0] if pending is None else self._other(pending.buffer)
@@ -264,28 +289,35 @@ class SegmentPrefetcher:
         spare, following = self._other(buffer), (index + 1) % len(self.segments)
         # A capture may end after the last segment, with no one to join the next one's copy.
         if spare is not None and not (capturing and following == 0):
-            _wait(self._inbound, buffer.busy)  # a late copy goes first: they share the link
+            buffer.wait(self._inbound)  # a late copy goes first: they share the link
             self._copy_in(following, spare, self._inbound)
             self._pending = _Pending(following, _signature(self.segments[following]), spare)
         return buffer
 
     def _release(self, index: int, buffer: _Buffer, views: dict[str, torch.Tensor]) -> None:
         """After the body: the buffer is free when the body's work, or the write-back, is done."""
-        buffer.busy = _record(self._current())
+        done = _record(self._current())
         if not self._write_back:
+            buffer.used(_Use(0, _end(self.segments[index]), done))
             return
-        _wait(self._outbound, buffer.busy)
-        _copy(self.segments[index], views, self._outbound)
-        buffer.busy = self._home = _record(self._outbound)
+        _wait(self._outbound, done)
+        uses = []
+        for name, start, end in _pieces(self.segments[index]):
+            _copy(self.segments[index][name], views[name], self._outbound)
+            uses.append(_Use(start, end, _record(self._outbound)))
+        buffer.used(*uses)
+        self._homes[index] = _record(self._outbound)
         if not self._captured:
-            self._arrival = self._home
+            self._arrival = self._homes[index]
 
     def _copy_in(self, index: int, buffer: _Buffer, stream: torch.cuda.Stream | None) -> None:
         segment = self.segments[index]
-        _wait(stream, buffer.busy)
-        _wait(stream, self._home)
-        _copy(buffer.views(segment), segment, stream)
-        buffer.busy = _record(stream)
+        _wait(stream, self._homes.get(index))
+        views = buffer.views(segment)
+        for name, start, end in _pieces(segment):
+            buffer.wait(stream, start, end)
+            _copy(views[name], segment[name], stream)
+        buffer.used(_Use(0, _end(segment), _record(stream)))
         self._bytes += sum(host.nbytes for host in segment.values())
 
     def _join(self) -> None:
@@ -293,7 +325,7 @@ class SegmentPrefetcher:
         for stream in self._sides:
             current.wait_stream(stream)
         for buffer in self._buffers:
-            _wait(current, buffer.busy)
+            buffer.wait(current)
         self._pending = None
         self._joined = True
         if self._captured:  # the next segment may be in another capture
@@ -307,8 +339,9 @@ class SegmentPrefetcher:
                 "prefetcher before the capture"
             )
         for buffer in self._buffers:
-            buffer.busy = None
-        self._home = self._pending = None
+            buffer.uses = []
+        self._homes.clear()
+        self._pending = None
         self._joined = True
         self._captured = capturing
 
@@ -387,14 +420,22 @@ def _signature(segment: Mapping[str, torch.Tensor]) -> tuple:
     return tuple((name, host.shape, host.dtype, host._version) for name, host in segment.items())
 
 
-def _copy(
-    to: Mapping[str, torch.Tensor],
-    source: Mapping[str, torch.Tensor],
-    stream: torch.cuda.Stream | None,
-) -> None:
+def _pieces(segment: Mapping[str, torch.Tensor]) -> list[tuple[str, int, int]]:
+    """(name, first byte, past the last) of a segment's tensors in a buffer."""
+    pieces, start = [], 0
+    for name, host in segment.items():
+        pieces.append((name, start, start + host.nbytes))
+        start += _aligned(host.nbytes)
+    return pieces
+
+
+def _end(segment: Mapping[str, torch.Tensor]) -> int:
+    return max((end for _, _, end in _pieces(segment)), default=0)
+
+
+def _copy(to: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
     with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        for name, tensor in to.items():
-            tensor.copy_(source[name], non_blocking=True)
+        to.copy_(source, non_blocking=True)
 
 
 def _wait(stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:

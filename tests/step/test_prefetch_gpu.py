@@ -299,3 +299,27 @@ def test_the_interpreter_exits_with_work_pending():
         timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_segments_of_unequal_size_in_any_order():
+    def unequal():
+        return [
+            {
+                "a": torch.full((NUMEL >> index % 4,), 1.0 * index),
+                "b": torch.full((NUMEL >> (index + 2) % 3,), 2.0 * index),
+            }
+            for index in range(COUNT)
+        ]
+
+    order = [0, 1, 2, 3, 4, 5, 0, 2, 2, 1, 5, 0, 3, 4, 1, 0, 1, 2, 3, 4, 5]
+    got = []
+    for device in ("cuda", "cpu"):
+        with SegmentPrefetcher(unequal(), device, BIG, write_back=True) as prefetcher:
+            for round_ in range(5):
+                for index in order:
+                    with prefetcher.segment(index) as tensors:
+                        tensors["a"].mul_(1.5)
+                        tensors["b"].add_(tensors["a"][-1]).add_(round_)
+            prefetcher.synchronize()
+            got.append([dict(segment) for segment in prefetcher.segments])
+    assert_same(got[0], got[1])
