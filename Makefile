@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= build/gpu
 BIN    := $(VENV)/bin
 
-.PHONY: help setup demo test lint format gpu bench clean
+.PHONY: help setup demo test lint format gpu bench step kernels clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -44,7 +44,13 @@ gpu:  ## on a GPU: install without dependencies, GPU tests, demo, the production
 BENCH = $(PYTHON) -m kvfold.bench --prefetch-state --json $(OUT)/h200.json
 R4    = --compress-ratio 4 --scenario all-hit --batch 16,64,128,256,512
 
-bench:  ## on a GPU: everything that bench/results/h200.json holds, into OUT
+bench: kernels step  ## on a GPU: everything that bench/results holds, into OUT
+
+step:  ## on a GPU: a whole decode step, four ways
+	mkdir -p $(OUT)
+	$(PYTHON) -m kvfold.bench.cli step --json $(OUT)/h200_step.json --plot $(OUT)/h200_step.png
+
+kernels:  ## on a GPU: the kernels against the memory's speed
 	mkdir -p $(OUT)
 	$(BENCH) --baseline --plot $(OUT)/h200.png
 	$(BENCH) --append --batch 32
