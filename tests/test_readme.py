@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfold.bench import report
+from kvfold.bench import report, step
 from kvfold.codegen import load_table
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +69,13 @@ def test_the_figures_are_the_results(line, scenario, chosen, value):
     ]
     assert len(wanted) == 6
     assert f"| {line} | {' | '.join(wanted)} |" in README
+
+
+@pytest.mark.parametrize("batch", [16, 256])
+def test_the_steps_figures_are_the_results(batch):
+    rows = [r for r in step.load(ROOT / "bench/results/h200_step.json").rows if r.batch == batch]
+    assert [row.scenario for row in rows] == list(step.WAYS)
+    for label, field in (("host", "host_us"), ("step", "median_us"), ("its kernels", "device_us")):
+        values = " | ".join(f"{getattr(row, field):.0f}" for row in rows)
+        assert f"| batch {batch}: {label} | {values} |" in README
+    assert f"{rows[-1].copy_us:.0f}" in README

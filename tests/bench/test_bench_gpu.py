@@ -1,7 +1,6 @@
 """The parts of the bench that only a GPU can run."""
 
 import json
-import statistics
 
 import pytest
 import torch
@@ -50,8 +49,9 @@ def test_both_readers_read_every_word(device):
 
 def test_replay_and_events_agree(device):
     x = torch.randn(64 << 20, device=device)
-    time = timing.replay([lambda: x.mul_(1.0)] * 20)
-    assert time.min_us <= time.median_us <= time.max_us
+    # The best of some: other tests may be using the GPU.
+    times = [timing.replay([lambda: x.mul_(1.0)] * 20) for _ in range(5)]
+    assert all(time.min_us <= time.median_us <= time.max_us for time in times)
     eager = []
     for _ in range(20):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -60,7 +60,7 @@ def test_replay_and_events_agree(device):
         after.record()
         torch.cuda.synchronize()
         eager.append(1000 * before.elapsed_time(after))
-    assert 0.5 < time.median_us / statistics.median(eager) < 1.5
+    assert 0.5 < min(time.min_us for time in times) / min(eager) < 1.5
 
 
 def test_states_are_more_than_the_l2_holds(device):
