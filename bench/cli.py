@@ -56,6 +56,20 @@ KvDtype = Annotated[str, typer.Option(help="Of the new tokens: bf16 or fp32.")]
 StateDtype = Annotated[str, typer.Option(help="Of the paged state: bf16 or fp32.")]
 NextN = Annotated[int, typer.Option(help="The most new tokens per request and step.")]
 
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
+]
+FromFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Show, and with --plot draw, what --json wrote before; measures nothing.",
+        show_default=False,
+    ),
+]
+
 BATCHES = ",".join(map(str, runner.BATCHES))
 SCENARIOS = ",".join(cases.SCENARIOS)
 
@@ -114,6 +128,11 @@ def _list(name: str, text: str, kind: type = str) -> tuple:
         return tuple(dict.fromkeys(kind(item.strip()) for item in text.split(",")))
     except ValueError:
         raise ValueError(f"{name} is {text!r}; accepted: integers, as in 1,16,64") from None
+
+
+def _check_writable(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
 
 
 def _without_none(**values: object) -> dict:
@@ -314,10 +333,7 @@ def bench(
             help="Time what the table chose a second time, with prefetch_state=True.",
         ),
     ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
-    ] = None,
+    json_file: JsonFile = None,
     append: Annotated[
         bool,
         typer.Option("--append", help="Add to the --json file, with the limit measured there."),
@@ -326,15 +342,7 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw time over batch size.", show_default=False),
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Show, and with --plot draw, what --json wrote before; measures nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    source: FromFile = None,
 ) -> None:
     """Time the kernels against the memory's speed; each is checked before it is timed.
 
@@ -364,8 +372,7 @@ def bench(
     )  # fmt: skip
     if append and json_file is None:
         raise ValueError("--append adds to a file, which --json must name")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+    _check_writable(json_file)
     if not torch.cuda.is_available():
         if json_file is not None or plot is not None:
             raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
@@ -429,23 +436,12 @@ def step_command(
     batch: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes.")] = ",".join(
         map(str, stepping.BATCHES)
     ),
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
-    ] = None,
+    json_file: JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw host and step times.", show_default=False),
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Show, and with --plot draw, what --json wrote before; measures nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    source: FromFile = None,
 ) -> None:
     """Time a whole decode step, metadata uploads included, on each of four ways.
 
@@ -463,8 +459,7 @@ def step_command(
     batches = _list("--batch", batch, int)
     if min(batches) < 1:
         raise ValueError(f"--batch is {batch!r}; accepted: positive integers, as in 16,256")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+    _check_writable(json_file)
     if not torch.cuda.is_available():
         if json_file is not None or plot is not None:
             raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")

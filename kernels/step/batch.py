@@ -83,6 +83,8 @@ class StepBatch:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._open = False
         self._stream: torch.cuda.Stream | None = None  # of the last step
+        # torch's own stream for captures is of whichever device captured first.
+        self._capture_stream = torch.cuda.Stream(self.device) if self._on_gpu else None
         self._pending = False
 
     @contextlib.contextmanager
@@ -106,6 +108,8 @@ class StepBatch:
                 yield step
             except BaseException:
                 if step.entry.graph is None:
+                    with contextlib.suppress(RuntimeError):  # the first error counts
+                        self.synchronize()  # what the key's inputs are read by
                     self._entries.pop(key, None)
                 raise
             finally:
@@ -164,8 +168,11 @@ class StepBatch:
         """Makes the entry's graph; returns why there can be none, or None."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph,
+                stream=self._capture_stream,
+                capture_error_mode="thread_local",  # other threads may allocate meanwhile
+            ):
                 result = body(*args)
         except Exception as error:
             first = error

@@ -150,3 +150,14 @@ def test_the_interpreter_may_end_with_a_step_under_way():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_each_gpu_captures_on_its_own():
+    for device in ("cuda:1", "cuda:0"):
+        with StepBatch(device, 1 << 20) as batch:
+            for value in range(4):
+                output = step(batch, "key", value)
+                assert output.device == torch.device(device)
+                assert batch.read(output).unique().tolist() == [2 * value + 1]
+            assert batch.counters.captured == 1
