@@ -581,8 +581,7 @@ def tune(
         plan = search.Plan(
             OP, problems, backend, _list("--batch", batch, int), tuple(weights), prefetch_state
         )
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
+        _check_writable(json_file)
         measured = _measured(plan, table, any_arch)
         if json_file is not None:
             tune_report.save(measured, json_file)
