@@ -552,7 +552,7 @@ def test_a_launcher_calls_the_kernel_of_its_backend(monkeypatch):
             assert len(args) == 12
             self.kernel = kernel
 
-        def __call__(self, prefetch_state, *pointers):
+        def __call__(self, prefetch_state, pointers):
             launched.append((self.kernel, prefetch_state, len(pointers)))
 
     monkeypatch.setattr(cuda_kernel, "Launch", Launch)
