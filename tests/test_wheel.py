@@ -19,7 +19,7 @@ def test_the_wheel_holds_the_table_the_templates_and_the_headers(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     program = (
-        "import kvfold, kvfold.codegen as codegen\n"
+        "import kvfold, kvfold.step, kvfold.codegen as codegen\n"
         "from kvfold import nvrtc\n"
         "from kvfold.bench import cli, row_by_row\n"
         f"assert kvfold.__file__.startswith({str(installed)!r}), kvfold.__file__\n"
