@@ -40,7 +40,8 @@ class StepRow:
         scenario: the way, of WAYS.
         median_us, min_us, max_us: wall time of a step among many in a row.
         host_us: host time of a step, until its last launch, with an empty queue before it.
-        device_us: sum of its kernels' times on the device.
+        device_us: sum of its kernels' times on the device, in one profiled step. What two kernels
+            overlap counts twice.
         copy_us: the time of the states' copies alone, both directions at once; None for ways that
             leave the states on the device.
         syncs: times the host waited for the device within a step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -89,7 +90,7 @@ class StepBatch:
 
     @contextlib.contextmanager
     def step(self, key: Hashable) -> Iterator[Step]:
-        """One step. An exception in it leaves no half-captured graph; the key starts afresh.
+        """One step. After an exception in it a key that has no graph yet starts afresh.
 
         Args:
             key: tells apart steps that differ in shapes or in the work they do, such as batch
@@ -117,8 +118,9 @@ class StepBatch:
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU copy of a tensor, of what the steps so far have made of it."""
-        if not self._on_gpu:
-            return tensor.clone()
+        if tensor.device != self.device or not self._on_gpu:
+            self.synchronize()  # it may be what a step's copies go to
+            return tensor.detach().to("cpu", copy=True)
         with self._on_device():
             self._follow_stream()
             self._count(synchronisations=1)
@@ -167,16 +169,21 @@ class StepBatch:
     def _capture(self, entry: _Entry, body: Callable, args: tuple) -> str | None:
         """Makes the entry's graph; returns why there can be none, or None."""
         graph = torch.cuda.CUDAGraph()
+        handled = sys.exc_info()[1]  # by the caller, if it is handling something
         try:
-            with torch.cuda.graph(
-                graph,
-                stream=self._capture_stream,
-                capture_error_mode="thread_local",  # other threads may allocate meanwhile
+            with (
+                # A capture whose end fails would leave its own stream the current one.
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(
+                    graph,
+                    stream=self._capture_stream,
+                    capture_error_mode="thread_local",  # other threads may allocate meanwhile
+                ),
             ):
                 result = body(*args)
         except Exception as error:
             first = error
-            while first.__context__ is not None:  # the end of the capture fails too, less telling
+            while first.__context__ not in (None, handled):  # the end fails too, less telling
                 first = first.__context__
             return f"{type(first).__name__}: {first}".splitlines()[0]
         entry.graph, entry.result = graph, result
@@ -254,9 +261,13 @@ class Step:
             holding this step's values until the key's next step.
 
         Raises:
+            ValueError: the key's graph takes more uploads than were made.
             RuntimeError: the step is over, or `run` has been called. And whatever body raises.
         """
         self._check("run")
+        if self.entry.graph is not None and self._uploads < len(self.entry.inputs):
+            made, taken = self._uploads, len(self.entry.inputs)
+            raise ValueError(f"run: {made} uploads in a step; accepted for its key: {taken}")
         self._ran = True
         return self._batch._run(self.entry, body, args)
 

@@ -95,7 +95,8 @@ class SegmentPrefetcher:
     tensors are copied once into pinned memory, unless they are pinned and contiguous already.
     `segments[i][name]` are the pinned ones; write-backs arrive there. Change one in place only
     when no copy of it is under way: after synchronize() with write_back, else after the stream
-    that used the segment is done. A prefetched segment that was changed since is copied again.
+    that used the segment is done. A prefetched segment that torch has changed since is copied
+    again; after a change that torch does not see, as through numpy, join() makes sure of it.
 
     One thread uses a prefetcher at a time. On a CPU device it does the same synchronously.
 

@@ -129,8 +129,8 @@ class StagingPool:
     ) -> None:
         """Refreshes tensors on the device, such as those a captured graph reads.
 
-        One asynchronous copy on the current stream if the destinations are all that one `upload`
-        returned, in its order; else one for each of them. After an error nothing is copied.
+        One asynchronous copy on the current stream for each of them; what `stage` returned is
+        refreshed by one for all. After an error nothing is copied.
 
         Args:
             destinations: contiguous tensors on the pool's device.
@@ -150,11 +150,15 @@ class StagingPool:
             for name in destinations:
                 if name not in arrays:
                     raise ValueError(f"destination {name!r} has no array; {_accepted(arrays)}")
-            # In the destinations' order, for that is the order upload() laid them out in.
-            packing = self._pack({name: arrays[name] for name in destinations})
+            packing = self._pack(arrays)
             for place in packing.places:
                 _check_destination(destinations[place.name], place, self.device)
-            self._send(packing, arrays, packing.targets(destinations))
+            targets = {
+                place.start: destinations[place.name].detach().view(-1).view(torch.uint8)
+                for place in packing.places
+                if place.nbytes
+            }
+            self._send(packing, arrays, targets)
 
     def close(self) -> None:
         """Waits for the copies under way, if any, and gives the memory back."""
@@ -310,29 +314,6 @@ class _Packing:
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays' places in uint8 [size], with their shapes and dtypes."""
         return {place.name: _part(block, place) for place in self.places}
-
-    def targets(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The arrays' destinations as uint8, by offset: one if `upload` returned them so.
-
-        A storage of just this size has nothing else in it that one copy would overwrite.
-        """
-        storages = [tensor.untyped_storage() for tensor in tensors.values()]
-        if (
-            self.size
-            and all(storage.nbytes() == self.size for storage in storages)
-            and len({storage.data_ptr() for storage in storages}) == 1
-            and all(
-                tensors[place.name].storage_offset() * place.dtype.itemsize == place.start
-                for place in self.places
-            )
-        ):
-            block = torch.empty(0, dtype=torch.uint8, device=storages[0].device)
-            return {0: block.set_(storages[0], 0, (self.size,))}
-        return {
-            place.start: tensors[place.name].detach().view(-1).view(torch.uint8)
-            for place in self.places
-            if place.nbytes
-        }
 
 
 def _part(block: torch.Tensor, place: _Place) -> torch.Tensor:

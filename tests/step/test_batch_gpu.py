@@ -82,12 +82,14 @@ def test_a_body_that_cannot_be_captured_runs_eagerly_said_once(batch, caplog):
     def synchronises(inputs):
         return inputs["a"] * float(inputs["a"][0].item())
 
+    stream = torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING, "kvfold"):
         for value in range(5):
             output = step(batch, "key", value, synchronises)
             assert batch.read(output).unique().tolist() == [value * value]
     assert sum("cannot be captured" in record.message for record in caplog.records) == 1
     assert batch.counters.captured == 0 and batch.counters.eager == 5
+    assert torch.cuda.current_stream() == stream
     for value in range(3):  # and other keys are still captured
         assert batch.read(step(batch, "other", value)).unique().tolist() == [2 * value + 1]
     assert batch.counters.captured == 1
@@ -161,3 +163,32 @@ def test_each_gpu_captures_on_its_own():
                 assert output.device == torch.device(device)
                 assert batch.read(output).unique().tolist() == [2 * value + 1]
             assert batch.counters.captured == 1
+
+
+def test_a_replayed_step_needs_all_its_uploads(batch):
+    def steps(uploads):
+        with batch.step("key") as one:
+            given = [one.upload({"a": torch.ones(3)}) for _ in range(uploads)]
+            one.run(lambda given: given[0]["a"] + given[-1]["a"], given)
+
+    for _ in range(3):
+        steps(2)
+    with pytest.raises(ValueError, match="run: 1 uploads in a step; accepted for its key: 2"):
+        steps(1)
+    with pytest.raises(ValueError, match="upload 3 in a step; accepted for its key: 2"):
+        steps(3)
+    steps(2)
+
+
+def test_reading_a_host_tensor_waits_for_what_is_copied_there(batch):
+    home = torch.zeros(1 << 20, pin_memory=True)
+
+    def copies_home(inputs):
+        torch.cuda._sleep(int(1e8))
+        home.copy_(inputs["a"].expand(1 << 20), non_blocking=True)
+
+    for value in range(1, 5):
+        step(batch, "key", value, copies_home, size=1)
+        copy = batch.read(home)
+        assert copy.unique().tolist() == [value]
+        assert copy.data_ptr() != home.data_ptr()

@@ -163,12 +163,33 @@ def test_a_pool_made_in_inference_mode_works_outside_and_the_other_way_round(dty
                 assert tensor.tolist() == [0, 0, 0]
 
 
-def test_refreshing_what_upload_gave_is_one_copy(pool):
-    results = pool.upload(some_arrays())
-    changed = {name: torch.ones_like(result) for name, result in results.items()}
-    pool.upload_into(results, dict(reversed(changed.items())))
-    assert_equal(results, changed)
+def test_refreshing_what_was_staged_is_one_copy(pool):
+    staged = pool.stage(some_arrays())
+    places = {name: tensor.data_ptr() for name, tensor in staged.tensors.items()}
+    changed = {name: torch.ones_like(tensor) for name, tensor in staged.tensors.items()}
+    staged.refresh(dict(reversed(changed.items())))
+    assert_equal(staged.tensors, changed)
+    assert {name: tensor.data_ptr() for name, tensor in staged.tensors.items()} == places
     assert pool.counters.copies == 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": torch.zeros(3)}, "arrays are 'a'; accepted: 'a', 'b'"),
+        ({"a": torch.zeros(3), "c": torch.zeros(2)}, "arrays are 'a', 'c'; accepted: 'a', 'b'"),
+        ({"a": torch.zeros(4), "b": torch.zeros(2)}, r"array 'a' is of shape \(4,\)"),
+        ({"a": torch.zeros(3), "b": torch.zeros(2).int()}, r"array 'b' is of .* torch.int32"),
+        ({"a": torch.zeros(3), "b": [0, 0]}, "array 'b' is of type list"),
+    ],
+)
+def test_what_was_staged_is_not_refreshed_from_other_arrays(pool, arrays, message):
+    staged = pool.stage({"a": torch.ones(3), "b": torch.ones(2)})
+    before = pool.counters
+    with pytest.raises(ValueError, match=message):
+        staged.refresh(arrays)
+    assert pool.counters == before
+    assert all((tensor == 1).all() for tensor in staged.tensors.values())
 
 
 def lone_tensors(results):
@@ -211,10 +232,10 @@ def test_tensors_of_two_uploads_are_a_copy_each(pool):
 
 
 def test_a_storage_with_something_else_in_the_gaps_is_not_overwritten(pool):
-    storage = torch.zeros(128, dtype=torch.int64)  # more than upload() would take
+    storage = torch.zeros(36, dtype=torch.int64)  # as much as upload() would take
     storage[5] = 7
     pool.upload_into(
-        {"a": storage[:4], "b": storage[32:36]},
+        {"a": storage[:4], "b": storage[32:]},
         {"a": torch.ones(4, dtype=torch.int64), "b": torch.ones(4, dtype=torch.int64)},
     )
     assert storage[5] == 7
@@ -390,10 +411,16 @@ def test_a_copy_that_fails_holds_its_slot_for_the_copies_before_it(pool, monkeyp
     event = Event()
     monkeypatch.setattr(StagingPool, "_done", lambda self: event)
     destinations = {"a": torch.zeros(3), "b": torch.zeros(1)}
-    monkeypatch.setattr(
-        staging._Packing, "targets", lambda *_: {0: torch.zeros(12).byte(), 256: torch.zeros(2, 2)}
-    )
-    with pytest.raises(RuntimeError):
+    copy_, copies = torch.Tensor.copy_, []
+
+    def fails_at_the_second(self, source, non_blocking=False):
+        copies.append(non_blocking)
+        if sum(copies) == 2:
+            raise RuntimeError("injected")
+        return copy_(self, source, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fails_at_the_second)
+    with pytest.raises(RuntimeError, match="injected"):
         pool.upload_into(destinations, {"a": torch.ones(3), "b": torch.ones(1)})
     pool.close()
     assert event.synchronized == 1

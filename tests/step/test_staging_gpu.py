@@ -142,9 +142,9 @@ def test_uploads_do_not_wait_for_the_device(pool):
     torch.cuda._sleep(CYCLES)
     busy.record()
     with no_synchronisation():
-        results = [pool.upload(arrays) for _ in range(10)]
+        staged = [pool.stage(arrays) for _ in range(10)]
         for _ in range(10):
-            pool.upload_into(results[0], arrays)
+            staged[0].refresh(arrays)
             pool.upload_into(lone, arrays)
     assert not busy.query()
     counters = pool.counters
@@ -160,11 +160,12 @@ def test_a_slot_serves_again_once_its_copy_is_made(pool):
     assert pool.counters.high_water_bytes == 64 * KIB
 
 
-@pytest.mark.parametrize("as_uploaded", [True, False], ids=["as uploaded", "lone"])
-def test_a_captured_graph_reads_what_was_last_uploaded_into_its_tensors(pool, as_uploaded):
+@pytest.mark.parametrize("as_staged", [True, False], ids=["as staged", "lone"])
+def test_a_captured_graph_reads_what_was_last_uploaded_into_its_tensors(pool, as_staged):
     size = 4 * KIB
-    tensors = pool.upload({"a": pattern(0, size), "b": torch.zeros(3, dtype=torch.int64)})
-    if not as_uploaded:
+    staged = pool.stage({"a": pattern(0, size), "b": torch.zeros(3, dtype=torch.int64)})
+    tensors = staged.tensors
+    if not as_staged:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -174,14 +175,18 @@ def test_a_captured_graph_reads_what_was_last_uploaded_into_its_tensors(pool, as
     for i in range(40):
         if i % 10 == 0:
             torch.cuda._sleep(CYCLES // 2)
-        pool.upload_into(tensors, {"b": torch.full((3,), i), "a": pattern(i, size)})
+        arrays = {"b": torch.full((3,), i), "a": pattern(i, size)}
+        if as_staged:
+            staged.refresh(arrays)
+        else:
+            pool.upload_into(tensors, arrays)
         graph.replay()
         results.append((a.clone(), b.clone()))
     torch.cuda.synchronize()
     for i, (a, b) in enumerate(results):
         assert torch.equal(a.cpu(), pattern(i, size) + 1)
         assert b.tolist() == [2 * i] * 3
-    assert pool.counters.copies - copies == 40 * (1 if as_uploaded else 2)
+    assert pool.counters.copies - copies == 40 * (1 if as_staged else 2)
 
 
 def test_uploads_within_a_capture_raise_and_spoil_neither_it_nor_the_pool(pool):

@@ -134,11 +134,12 @@ def _launch(launch: Callable, device: torch.device, args: tuple) -> None:
 
 def _look(tensors: tuple, compress_ratio: int, next_n: int, way: str) -> tuple:
     """Tells most calls apart, at little cost: by shapes, and by what is current on which way."""
-    kv_score, _, _, _, table_kv, table_score, *_ = tensors
+    kv_score, _, _, _, table_kv, table_score, output, *_ = tensors
     return (
         kv_score.shape,
         table_kv.shape,
         table_kv is table_score,
+        output.shape,
         compress_ratio,
         next_n,
         torch._C._cuda_getDevice() if kv_score.is_cuda else -1,
