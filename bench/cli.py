@@ -135,6 +135,16 @@ def _check_writable(json_file: Path | None) -> None:
         raise ValueError(f"--json {json_file}: {json_file.parent} is no directory")
 
 
+def _refuse_with_from(json_file: Path | None) -> None:
+    if json_file is not None:
+        raise ValueError("--from measures nothing, so there is nothing for --json to write")
+
+
+def _refuse_without_gpu(*files: Path | None) -> None:
+    if any(file is not None for file in files):
+        raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
+
+
 def _without_none(**values: object) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -351,8 +361,7 @@ def bench(
     if plot is not None:
         plotting.require(plot)
     if source is not None:
-        if json_file is not None:
-            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        _refuse_with_from(json_file)
         _show(report.load(source), plot)
         return
     changes = _assignments(override or [])
@@ -374,8 +383,7 @@ def bench(
         raise ValueError("--append adds to a file, which --json must name")
     _check_writable(json_file)
     if not torch.cuda.is_available():
-        if json_file is not None or plot is not None:
-            raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
+        _refuse_without_gpu(json_file, plot)
         _check_on_cpu(plan)
         return
     before = report.extended(report.load(json_file), []) if append else None
@@ -452,8 +460,7 @@ def step_command(
     if plot is not None:
         plotting.require(plot)
     if source is not None:
-        if json_file is not None:
-            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        _refuse_with_from(json_file)
         _show_steps(stepping.load(source), plot)
         return
     batches = _list("--batch", batch, int)
@@ -461,8 +468,7 @@ def step_command(
         raise ValueError(f"--batch is {batch!r}; accepted: positive integers, as in 16,256")
     _check_writable(json_file)
     if not torch.cuda.is_available():
-        if json_file is not None or plot is not None:
-            raise ValueError("no CUDA GPU here, so no times for --json or --plot to write")
+        _refuse_without_gpu(json_file, plot)
         print("No CUDA GPU here, so nothing is timed. Checking the four ways on the CPU instead.")
         shape = Shape((128, 4, 128, 4), batch=4, hidden=64, head_dim=128)
         stepping.check(shape, torch.device("cpu"), trace(shape, 100), 100)
@@ -566,8 +572,7 @@ def tune(
     if dry_run and table is None:
         raise ValueError("--dry-run needs --table FILE, or KVFOLD_CONFIG to name it")
     if source is not None:
-        if json_file is not None:
-            raise ValueError("--from measures nothing, so there is nothing for --json to write")
+        _refuse_with_from(json_file)
         measured = tune_report.load(source)
     else:
         problems = _without_none(

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,9 @@ from kvfold import dispatch, nvrtc
 from kvfold.bench.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+R = TypeVar("R", bound="Environment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +130,23 @@ def save(report: Environment, file: Path) -> None:
 
 
 def load(file: Path) -> Report:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote. Raises as `load_as` does."""
+    return load_as(Report, Row, "bench", file)
+
+
+def load_as(report_type: type[R], row_type: type, command: str, file: Path) -> R:
+    """Reads what `save` wrote of a report that `kvfold COMMAND` made.
 
     Raises:
-        ValueError: the file is no report.
+        ValueError: the file is none.
         OSError: it cannot be read.
     """
     try:
         content = json.loads(file.read_text())
-        rows = [Row(**row) for row in content.pop("rows")]
-        return Report(**content, rows=rows)
+        rows = [row_type(**row) for row in content.pop("rows")]
+        return report_type(**content, rows=rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is no results file of kvfold bench ({error})") from None
+        raise ValueError(f"{file} is no results file of kvfold {command} ({error})") from None
 
 
 def environment(device: torch.device) -> dict:

@@ -4,7 +4,6 @@ Each step uploads its metadata and then runs, per layer, a projection and the co
 """
 
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -68,18 +67,8 @@ class StepReport(Environment):
 
 
 def load(file: Path) -> StepReport:
-    """Reads what report.save wrote of a StepReport.
-
-    Raises:
-        ValueError: the file is none.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(file.read_text())
-        rows = [StepRow(**row) for row in content.pop("rows")]
-        return StepReport(**content, rows=rows)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is no results file of kvfold step ({error})") from None
+    """Reads what report.save wrote of a StepReport. Raises as report.load_as does."""
+    return report.load_as(StepReport, StepRow, "step", file)
 
 
 @contextlib.contextmanager

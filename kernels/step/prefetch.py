@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-log = logging.getLogger("kvfold")
+from kvfold.step.align import aligned
 
-ALIGNMENT = 256  # bytes; what a kernel may expect of a tensor's first address
+log = logging.getLogger("kvfold")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class SegmentPrefetcher:
         if self._cuda and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         _check(segments)
-        sizes = [sum(_aligned(tensor.nbytes) for tensor in s.values()) for s in segments]
+        sizes = [sum(aligned(tensor.nbytes) for tensor in s.values()) for s in segments]
         largest = max(sizes)
         if largest > budget_bytes:
             raise ValueError(
@@ -383,10 +383,6 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def _check(segments: Sequence[Mapping[str, torch.Tensor]]) -> None:
     if not segments:
         raise ValueError("segments is empty; accepted: one dict of CPU tensors or more")
@@ -426,7 +422,7 @@ def _pieces(segment: Mapping[str, torch.Tensor]) -> list[tuple[str, int, int]]:
     pieces, start = [], 0
     for name, host in segment.items():
         pieces.append((name, start, start + host.nbytes))
-        start += _aligned(host.nbytes)
+        start += aligned(host.nbytes)
     return pieces
 
 

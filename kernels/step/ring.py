@@ -9,6 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvfold.step.align import aligned
+
 
 class Done(Protocol):
     """Tells when a slot's user is through with it; a torch.cuda.Event is one."""
@@ -86,7 +88,7 @@ class Ring:
         if not self._slots:
             return 0
         oldest, newest = self._slots[0].offset, self._slots[-1]
-        head = -(-(newest.offset + newest.size) // self.alignment) * self.alignment
+        head = aligned(newest.offset + newest.size, self.alignment)
         if newest.offset < oldest:  # wrapped: free from head to oldest
             return head if head + size <= oldest else None
         if head + size <= self.capacity:

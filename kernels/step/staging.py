@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -20,13 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kvfold.step.align import ALIGNMENT, aligned
 from kvfold.step.ring import Ring
 
 log = logging.getLogger("kvfold")
 
 Array = torch.Tensor | np.ndarray
-
-ALIGNMENT = 256  # bytes; that of a device allocation, so that views are as good as allocations
 
 _kept: list[torch.Tensor] = []  # memory of pools dropped during a capture, when nothing can wait
 
@@ -280,7 +278,7 @@ class _Packing:
         places, size = [], 0
         for name, array in arrays.items():
             dtype, nbytes = _dtype(name, array), array.nbytes
-            start = math.ceil(size / ALIGNMENT) * ALIGNMENT
+            start = aligned(size)
             places.append(_Place(name, dtype, tuple(array.shape), start, nbytes))
             size = start + nbytes
         return cls(tuple(places), size, sum(place.nbytes for place in places))

@@ -1,27 +1,13 @@
 """A ring's bookkeeping, against a model that only knows which bytes are taken."""
 
 import pytest
+from fake_event import Event
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.step.ring import Ring
 
 CAPACITY = 64
-
-
-class Event:
-    """Is done when told to, or when waited for."""
-
-    def __init__(self, log=None):
-        self.done = False
-        self.synchronized = 0
-
-    def query(self):
-        return self.done
-
-    def synchronize(self):
-        self.synchronized += 1
-        self.done = True
 
 
 def take(ring, size):

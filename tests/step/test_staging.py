@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fake_event import Event
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,22 +17,6 @@ from kvfold.step import staging
 from kvfold.step.staging import StagingCounters, StagingPool
 
 DTYPES = (torch.bfloat16, torch.bool, torch.complex64, torch.float64, torch.int32, torch.uint8)
-
-
-class Event:
-    """Fails the test if it is waited for though it is done."""
-
-    def __init__(self, done=False):
-        self.done = done
-        self.synchronized = 0
-
-    def query(self):
-        return self.done
-
-    def synchronize(self):
-        assert not self.done
-        self.synchronized += 1
-        self.done = True
 
 
 @pytest.fixture

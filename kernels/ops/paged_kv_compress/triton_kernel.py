@@ -5,13 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.codegen import Variant
-
-REGISTERS = 65536  # of an SM
+from kvfold.codegen.variant import SM_REGISTERS
 
 
 def register_cap(variant: Variant) -> int | None:
     """Registers per thread with which min_ctas programs fit in an SM; None for no cap."""
-    cap = REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
+    cap = SM_REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
     return cap if cap < 256 else None  # which no thread exceeds anyway
 
 
