@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
-from kvfold.step.staging import Array, Staged, StagingPool
+from kvfold.step.capture import capture
+from kvfold.step.packing import Array
+from kvfold.step.staging import Staged, StagingPool
 
 log = logging.getLogger("kvfold")
 
@@ -168,25 +169,10 @@ class StepBatch:
 
     def _capture(self, entry: _Entry, body: Callable, args: tuple) -> str | None:
         """Makes the entry's graph; returns why there can be none, or None."""
-        graph = torch.cuda.CUDAGraph()
-        handled = sys.exc_info()[1]  # by the caller, if it is handling something
         try:
-            with (
-                # A capture whose end fails would leave its own stream the current one.
-                torch.cuda.stream(torch.cuda.current_stream(self.device)),
-                torch.cuda.graph(
-                    graph,
-                    stream=self._capture_stream,
-                    capture_error_mode="thread_local",  # other threads may allocate meanwhile
-                ),
-            ):
-                result = body(*args)
+            entry.graph, entry.result = capture(self._capture_stream, body, *args)
         except Exception as error:
-            first = error
-            while first.__context__ not in (None, handled):  # the end fails too, less telling
-                first = first.__context__
-            return f"{type(first).__name__}: {first}".splitlines()[0]
-        entry.graph, entry.result = graph, result
+            return f"{type(error).__name__}: {error}".splitlines()[0]
         self._count(captured=1)
         return None
 

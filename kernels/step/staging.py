@@ -8,23 +8,19 @@ copy has passed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from kvfold.step.align import ALIGNMENT, aligned
+from kvfold.step.packing import Array, Packing, Place, accepted
 from kvfold.step.ring import Ring
 
 log = logging.getLogger("kvfold")
-
-Array = torch.Tensor | np.ndarray
 
 _kept: list[torch.Tensor] = []  # memory of pools dropped during a capture, when nothing can wait
 
@@ -110,15 +106,15 @@ class StagingPool:
         with self._lock, self._on_device():
             self._check_usable()
             packing = self._pack(arrays)
-            block = torch.empty(packing.size, dtype=torch.uint8, device=self.device)
-            self._send(packing, arrays, {0: block} if packing.size else {})
+            block = torch.empty(aligned(packing.size), dtype=torch.uint8, device=self.device)
+            self._send(packing, arrays, _whole(block, packing.size))
         return Staged(self, packing, block)
 
-    def _refresh(self, packing: _Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
+    def _refresh(self, packing: Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
         packing.check(arrays)
         with self._lock, self._on_device():
             self._check_usable()
-            self._send(packing, arrays, {0: block} if packing.size else {})
+            self._send(packing, arrays, _whole(block, packing.size))
 
     def upload_into(
         self,
@@ -142,12 +138,10 @@ class StagingPool:
             self._check_usable()
             for name in arrays:
                 if name not in destinations:
-                    raise ValueError(
-                        f"array {name!r} has no destination; {_accepted(destinations)}"
-                    )
+                    raise ValueError(f"array {name!r} has no destination; {accepted(destinations)}")
             for name in destinations:
                 if name not in arrays:
-                    raise ValueError(f"destination {name!r} has no array; {_accepted(arrays)}")
+                    raise ValueError(f"destination {name!r} has no array; {accepted(arrays)}")
             packing = self._pack(arrays)
             for place in packing.places:
                 _check_destination(destinations[place.name], place, self.device)
@@ -188,8 +182,8 @@ class StagingPool:
                 "replay with upload_into"
             )
 
-    def _pack(self, arrays: Mapping[str, Array]) -> _Packing:
-        packing = _Packing.of(arrays)
+    def _pack(self, arrays: Mapping[str, Array]) -> Packing:
+        packing = Packing.of(arrays)
         if packing.size > self._ring.capacity:
             raise ValueError(
                 f"an upload of {packing.size} bytes does not fit in the ring of "
@@ -198,7 +192,7 @@ class StagingPool:
         return packing
 
     def _send(
-        self, packing: _Packing, arrays: Mapping[str, Array], targets: dict[int, torch.Tensor]
+        self, packing: Packing, arrays: Mapping[str, Array], targets: dict[int, torch.Tensor]
     ) -> None:
         """Copies through one slot to uint8 device tensors, by the offset in it of their bytes."""
         if packing.size:
@@ -241,7 +235,7 @@ class Staged:
         tensors: name -> tensor, as StagingPool.upload returns them.
     """
 
-    def __init__(self, pool: StagingPool, packing: _Packing, block: torch.Tensor) -> None:
+    def __init__(self, pool: StagingPool, packing: Packing, block: torch.Tensor) -> None:
         self.tensors = packing.views(block)
         self._pool, self._packing, self._block = pool, packing, block
 
@@ -255,68 +249,9 @@ class Staged:
         self._pool._refresh(self._packing, self._block, arrays)
 
 
-class _Place(NamedTuple):
-    """Where an array lies in a slot, or in a device allocation; in bytes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Where arrays lie in `size` bytes, of which `nbytes` are theirs."""
-
-    places: tuple[_Place, ...]
-    size: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Array]) -> _Packing:
-        places, size = [], 0
-        for name, array in arrays.items():
-            dtype, nbytes = _dtype(name, array), array.nbytes
-            start = aligned(size)
-            places.append(_Place(name, dtype, tuple(array.shape), start, nbytes))
-            size = start + nbytes
-        return cls(tuple(places), size, sum(place.nbytes for place in places))
-
-    def check(self, arrays: Mapping[str, Array]) -> None:
-        """Raises ValueError unless they are as those that were packed."""
-        if arrays.keys() != {place.name for place in self.places}:
-            raise ValueError(
-                f"arrays are {', '.join(map(repr, arrays)) or 'none'}; "
-                f"{_accepted(place.name for place in self.places)}"
-            )
-        for place in self.places:
-            array = arrays[place.name]
-            if _dtype(place.name, array) != place.dtype or array.shape != place.shape:
-                raise ValueError(
-                    f"array {place.name!r} is of shape {tuple(array.shape)}, {array.dtype}; "
-                    f"accepted: {place.shape}, {place.dtype}, as at first"
-                )
-
-    def write(self, arrays: Mapping[str, Array], slot: torch.Tensor) -> None:
-        """Puts the arrays in uint8 [size] on the host."""
-        raw = slot.numpy()
-        for place in self.places:
-            array = arrays[place.name]
-            if isinstance(array, np.ndarray):  # several times as quick as through torch
-                end = place.start + place.nbytes
-                raw[place.start : end].view(array.dtype).reshape(array.shape)[...] = array
-            else:
-                _part(slot, place).copy_(array.detach())
-
-    def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The arrays' places in uint8 [size], with their shapes and dtypes."""
-        return {place.name: _part(block, place) for place in self.places}
-
-
-def _part(block: torch.Tensor, place: _Place) -> torch.Tensor:
-    """A place's part of uint8 [size], with its shape and dtype."""
-    return block[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
+def _whole(block: torch.Tensor, size: int) -> dict[int, torch.Tensor]:
+    """What _send takes to fill a block at once."""
+    return {0: block[:size]} if size else {}
 
 
 def _device(device: torch.device | str | int) -> torch.device:
@@ -364,30 +299,7 @@ def _abandon(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
         _finish(device, ring, memory)
 
 
-def _dtype(name: str, array: Array) -> torch.dtype:
-    """The dtype that a CPU array has on the device; ValueError if it is none."""
-    if isinstance(array, np.ndarray):
-        try:
-            return _torch_dtype(array.dtype)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"array {name!r} is of dtype {array.dtype!r}; accepted: dtypes torch has"
-            ) from error
-    if not isinstance(array, torch.Tensor):
-        raise ValueError(
-            f"array {name!r} is of type {type(array).__name__}; accepted: tensors, numpy arrays"
-        )
-    if array.device.type != "cpu":
-        raise ValueError(f"array {name!r} is on {str(array.device)!r}; accepted: 'cpu'")
-    return array.dtype
-
-
-@functools.cache
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype
-
-
-def _check_destination(destination: torch.Tensor, place: _Place, device: torch.device) -> None:
+def _check_destination(destination: torch.Tensor, place: Place, device: torch.device) -> None:
     """Raises ValueError if an array's bytes cannot be copied to the destination's."""
     if not isinstance(destination, torch.Tensor):
         value, accepted = f"of type {type(destination).__name__}", "tensors"
@@ -403,7 +315,3 @@ def _check_destination(destination: torch.Tensor, place: _Place, device: torch.d
     else:
         return
     raise ValueError(f"destination {place.name!r} is {value}; accepted: {accepted}")
-
-
-def _accepted(names: Iterable[str]) -> str:
-    return f"accepted: {', '.join(map(repr, names)) or 'none'}"
