@@ -162,45 +162,47 @@ def measure(
     Raises:
         WrongResult: the ways do not agree.
     """
-    rows = []
-    for batch in batches:
-        few = Shape(COMPRESS_RATIOS[:4], batch)
-        started(f"batch {batch}: check")
-        check(few, device, step_model.steady_steps(few), CHECKED_STEPS)
-        shape = Shape(COMPRESS_RATIOS, batch)
-        model = step_model.layers(shape, device)
-        states = hidden_states(shape, device)
-        for name in WAYS:
-            started(f"batch {batch}: {name}")
-            with way(name, shape, model, states, device) as one_step:
-                rows.append(_row(name, shape, model, one_step))
+    with contextlib.ExitStack() as stack:
+        timed = []
+        for batch in batches:
+            few = Shape(COMPRESS_RATIOS[:4], batch)
+            started(f"batch {batch}: check")
+            check(few, device, step_model.steady_steps(few), CHECKED_STEPS)
+            shape = Shape(COMPRESS_RATIOS, batch)
+            model = step_model.layers(shape, device)
+            states = hidden_states(shape, device)
+            for name in WAYS:
+                started(f"batch {batch}: {name}")
+                one_step = stack.enter_context(way(name, shape, model, states, device))
+                timed.append((_times(name, shape, model, one_step), shape, one_step))
+        # Last: once a process has been profiled, its launches take longer.
+        started("profiles")
+        rows = [StepRow(**times, **_profile(one_step, shape)) for times, shape, one_step in timed]
     return StepReport(**report.environment(device), rows=rows)
 
 
-def _row(name: str, shape: Shape, model: list[Layer], one_step: OneStep) -> StepRow:
+def _times(name: str, shape: Shape, model: list[Layer], one_step: OneStep) -> dict:
+    """What a StepRow has of one way, all but its profile."""
     steps = step_model.steady_steps(shape)
     offloads = name == "staging_batch_prefetch"  # where a step takes up to a quarter of a second
     metadata = [step_model.metadata(shape, *next(steps)) for _ in range(8 if offloads else 32)]
     for arrays in metadata[:WARM_UP]:
         one_step(arrays)
     times = [_wall(one_step, metadata) for _ in range(3 if offloads else 9)]
-    device_us, syncs = _profile(one_step, metadata[0])
-    return StepRow(
-        op="step",
-        scenario=name,
-        problem={
+    return {
+        "op": "step",
+        "scenario": name,
+        "problem": {
             "layers": len(shape.compress_ratios), "hidden": shape.hidden,
             "head_dim": shape.head_dim, "next_n": shape.next_n,
         },
-        batch=shape.batch,
-        median_us=statistics.median(times),
-        min_us=min(times),
-        max_us=max(times),
-        host_us=_host(one_step, metadata),
-        device_us=device_us,
-        copy_us=_copies(model) if offloads else None,
-        syncs=syncs,
-    )  # fmt: skip
+        "batch": shape.batch,
+        "median_us": statistics.median(times),
+        "min_us": min(times),
+        "max_us": max(times),
+        "host_us": _host(one_step, metadata),
+        "copy_us": _copies(model) if offloads else None,
+    }  # fmt: skip
 
 
 def _wall(one_step: OneStep, metadata: list[dict]) -> float:
@@ -223,8 +225,9 @@ def _host(one_step: OneStep, metadata: list[dict]) -> float:
     return statistics.median(times)
 
 
-def _profile(one_step: OneStep, arrays: dict) -> tuple[float, int]:
-    """(sum of the kernels' times in microseconds, waits of the host) of one step."""
+def _profile(one_step: OneStep, shape: Shape) -> dict:
+    """What a StepRow has of one profiled step."""
+    arrays = step_model.metadata(shape, *next(step_model.steady_steps(shape)))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
@@ -246,7 +249,8 @@ def _profile(one_step: OneStep, arrays: dict) -> tuple[float, int]:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("Mem", "kvfold step"))
     )  # fmt: skip
-    return sum(event.time_range.elapsed_us() for event in kernels), syncs
+    device_us = sum(event.time_range.elapsed_us() for event in kernels)
+    return {"device_us": device_us, "syncs": syncs}
 
 
 def _copies(model: list[Layer]) -> float:

@@ -1,5 +1,6 @@
 """StepBatch on a GPU: captured at the second step, then replayed with new contents; bounded."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -93,6 +94,43 @@ def test_a_body_that_cannot_be_captured_runs_eagerly_said_once(batch, caplog):
     for value in range(3):  # and other keys are still captured
         assert batch.read(step(batch, "other", value)).unique().tolist() == [2 * value + 1]
     assert batch.counters.captured == 1
+
+
+@pytest.mark.parametrize("how", ["capture broken", "body raises"])
+def test_a_failed_capture_leaves_torch_as_it_was(batch, how):
+    def fails(inputs):
+        if how == "capture broken":
+            return inputs["a"] * inputs["a"][0].item()
+        if torch.cuda.is_current_stream_capturing():
+            raise KeyError("mine")
+        return inputs["a"] + torch.rand_like(inputs["a"])
+
+    def kept() -> int:
+        """Bytes of the allocator that stay after use on two streams."""
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["active_bytes.all.current"]
+        for _ in range(10):
+            block = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+            block.record_stream(side)
+            with torch.cuda.stream(side):
+                block.zero_()
+            del block
+            torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # the allocator looks at its events
+        return torch.cuda.memory_stats()["active_bytes.all.current"] - before
+
+    assert kept() == 0
+    for value in range(3):
+        with contextlib.suppress(KeyError):
+            step(batch, "key", value, fails)
+    assert batch.counters.captured == 0
+    assert kept() == 0
+    assert torch.rand(8, device="cuda").max() <= 1
+    for value in range(3):  # and a graph's random numbers are new each time
+        last = step(batch, "random", value, lambda inputs: torch.rand_like(inputs["a"])).clone()
+        again = step(batch, "random", value, lambda inputs: torch.rand_like(inputs["a"]))
+        assert not torch.equal(last, again)
 
 
 def test_an_exception_on_capture_leaves_nothing(batch):

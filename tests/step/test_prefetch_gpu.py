@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import gate
 import pytest
 import torch
 
@@ -100,22 +101,20 @@ def test_segments_are_pinned_and_pinned_ones_are_not_copied():
 
 
 def test_the_host_does_not_wait_in_segment(prefetcher):
+    work({name: tensor.cuda() for name, tensor in make()[0].items()})  # a first launch may wait
     torch.cuda.synchronize()
-    torch.cuda._sleep(200 * SLOW)
-    loop(prefetcher, order=(0, 1, 4, 2))
-    still_running = not torch.cuda.current_stream().query()
+    with gate.closed():
+        loop(prefetcher, order=(0, 1, 4, 2))
+        assert not torch.cuda.current_stream().query()
     prefetcher.synchronize()
-    assert still_running
     assert_same(prefetcher.segments, on_cpu(order=(0, 1, 4, 2)))
 
 
 def test_the_next_segment_is_copied_while_a_body_runs(prefetcher):
-    """The copy ends long before the body; seen by an event on the side stream."""
-    with prefetcher.segment(0):
-        torch.cuda._sleep(500 * SLOW)
+    """The copy ends while the body cannot; seen by the side stream."""
+    with prefetcher.segment(0), gate.closed():
         prefetcher._inbound.synchronize()
-        still_running = not torch.cuda.current_stream().query()
-    assert still_running
+        assert not torch.cuda.current_stream().query()
 
 
 def test_out_of_order(prefetcher):

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+import gate
 import numpy as np
 import pytest
 import torch
@@ -120,17 +121,21 @@ def test_slots_of_all_sizes_are_right_though_the_device_is_behind(pool):
 def test_a_full_ring_waits_for_the_oldest_slot_and_for_no_more(pool):
     busy = torch.cuda.Event()
     quarter = 16 * KIB
-    for i in range(4):
-        pool.upload({"x": pattern(i, quarter)})
-        torch.cuda._sleep(CYCLES)
-    busy.record()
-    assert pool.counters.waits == 0
-    pool.upload({"x": pattern(4, quarter)})  # the first slot's copy came before all sleep
-    assert not busy.query()
-    assert pool.counters.waits <= 1
-    for i in range(5, 9):
-        pool.upload({"x": pattern(i, quarter)})
-    assert pool.counters.waits >= 3
+    results = [pool.upload({"x": pattern(0, quarter)})["x"]]
+    with gate.closed() as open_gate:
+        results += [pool.upload({"x": pattern(i, quarter)})["x"] for i in range(1, 4)]
+        busy.record()
+        assert pool.counters.waits == 0
+        results.append(
+            pool.upload({"x": pattern(4, quarter)})["x"]
+        )  # the first slot's copy is made
+        assert not busy.query()
+        waits = pool.counters.waits
+        assert waits <= 1
+        threading.Timer(0.2, open_gate).start()
+        results.append(pool.upload({"x": pattern(5, quarter)})["x"])
+        assert pool.counters.waits == waits + 1
+    assert_patterns(results, quarter)
 
 
 def test_uploads_do_not_wait_for_the_device(pool):
@@ -139,14 +144,14 @@ def test_uploads_do_not_wait_for_the_device(pool):
     lone = {name: array.cuda() for name, array in arrays.items()}
     busy = torch.cuda.Event()
     torch.cuda.synchronize()
-    torch.cuda._sleep(CYCLES)
-    busy.record()
-    with no_synchronisation():
-        staged = [pool.stage(arrays) for _ in range(10)]
-        for _ in range(10):
-            staged[0].refresh(arrays)
-            pool.upload_into(lone, arrays)
-    assert not busy.query()
+    with gate.closed():
+        busy.record()
+        with no_synchronisation():
+            staged = [pool.stage(arrays) for _ in range(10)]
+            for _ in range(10):
+                staged[0].refresh(arrays)
+                pool.upload_into(lone, arrays)
+        assert not busy.query()
     counters = pool.counters
     assert (counters.waits, counters.synchronisations) == (0, 0)
     assert counters.copies == counters.uploads + 10  # two for each upload into lone tensors
@@ -229,15 +234,14 @@ def test_two_pools_on_two_streams_are_independent():
             with torch.cuda.stream(stream):  # the allocator's memory, which may be waited for
                 pool.upload({"x": pattern(0, KIB)})
         torch.cuda.synchronize()
-        with torch.cuda.stream(slow):
-            torch.cuda._sleep(CYCLES)
+        with torch.cuda.stream(slow), gate.closed():
             late = [behind.upload({"x": pattern(i, KIB)})["x"] for i in range(4)]
             busy = torch.cuda.Event()
             busy.record()
-        with torch.cuda.stream(quick):
-            soon = [ahead.upload({"x": pattern(i, KIB)})["x"] for i in range(20)]
-            quick.synchronize()
-        assert not busy.query()
+            with torch.cuda.stream(quick):
+                soon = [ahead.upload({"x": pattern(i, KIB)})["x"] for i in range(20)]
+                quick.synchronize()
+            assert not busy.query()
         assert behind.counters.waits == 0
         assert_patterns(late, KIB)
         assert_patterns(soon, KIB)
@@ -273,18 +277,19 @@ def test_a_pool_that_goes_with_copies_under_way(how):
     before = [pool.upload(arrays) for arrays in patterns]  # the allocator's memory
     torch.cuda.synchronize()
     del before
-    asleep = torch.cuda.Event()
-    torch.cuda._sleep(CYCLES)
-    asleep.record()
-    results = [pool.upload(arrays)["x"] for arrays in patterns]
-    assert not asleep.query()
-    if how == "closed":
-        pool.close()
-    del pool
-    gc.collect()
-    assert asleep.query()
-    # Pinned memory that was let go too early would be taken here, and scribbled over.
-    scribbled = [torch.full((4 * size,), 255, dtype=torch.uint8).pin_memory() for _ in range(4)]
+    made = torch.cuda.Event()
+    with gate.closed() as open_gate:
+        results = [pool.upload(arrays)["x"] for arrays in patterns]
+        made.record()
+        assert not made.query()
+        threading.Timer(0.2, open_gate).start()
+        if how == "closed":
+            pool.close()
+        del pool
+        gc.collect()
+        assert made.query()
+        # Pinned memory that was let go too early would be taken here, and scribbled over.
+        scribbled = [torch.full((4 * size,), 255, dtype=torch.uint8).pin_memory() for _ in range(4)]
     assert_patterns(results, size)
     del scribbled
 
@@ -295,11 +300,11 @@ def test_closing_waits_only_where_work_is_pending():
     pool.upload({"x": pattern(0, KIB)})
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
-    torch.cuda._sleep(CYCLES)
-    busy.record()
-    pool.close()
-    pool.close()
-    assert not busy.query()
+    with gate.closed():
+        busy.record()
+        pool.close()
+        pool.close()
+        assert not busy.query()
 
 
 @pytest.mark.parametrize("where", ["pool", "module"])

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import gate
 import numpy as np
 import problems
 import pytest
@@ -342,16 +343,15 @@ def test_launches_on_the_current_stream_and_never_synchronises():
     late = case.kv_score.clone()
     case.kv_score.zero_()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # what runs on another stream would not wait for this
+    # What runs on another stream does not wait for the gate.
+    with torch.cuda.stream(stream), gate.closed():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             case.kv_score.copy_(late)
             kvfold.paged_kv_compress(*case.args())
             assert not stream.query()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream.synchronize()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert_same_bits(case.output, want.output)
 
 
