@@ -154,7 +154,7 @@ def test_uploads_do_not_wait_for_the_device(pool):
         assert not busy.query()
     counters = pool.counters
     assert (counters.waits, counters.synchronisations) == (0, 0)
-    assert counters.copies == counters.uploads + 10  # two for each upload into lone tensors
+    assert counters.copies == counters.uploads + 11  # two for each upload_into
 
 
 def test_a_slot_serves_again_once_its_copy_is_made(pool):
