@@ -1,6 +1,7 @@
 """StepBatch on a GPU: captured at the second step, then replayed with new contents; bounded."""
 
 import contextlib
+import gc
 import logging
 import subprocess
 import sys
@@ -106,19 +107,22 @@ def test_a_failed_capture_leaves_torch_as_it_was(batch, how):
         return inputs["a"] + torch.rand_like(inputs["a"])
 
     def kept() -> int:
-        """Bytes of the allocator that stay after use on two streams."""
+        """Bytes that torch's allocator does not get back after use on two streams."""
         side = torch.cuda.Stream()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_stats()["active_bytes.all.current"]
+        before = active()
         for _ in range(10):
             block = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
             block.record_stream(side)
             with torch.cuda.stream(side):
                 block.zero_()
             del block
-            torch.cuda.synchronize()
-        torch.empty(1, device="cuda")  # the allocator looks at its events
-        return torch.cuda.memory_stats()["active_bytes.all.current"] - before
+        return active() - before
+
+    def active() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # the allocator looks which events have passed
+        return torch.cuda.memory_stats()["active_bytes.all.current"]
 
     assert kept() == 0
     for value in range(3):
