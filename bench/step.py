@@ -4,6 +4,7 @@ Each step uploads its metadata and then runs, per layer, a projection and the co
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from kvfold.bench.step_model import Layer, Shape
 from kvfold.bench.verify import WrongResult
 from kvfold.step import SegmentPrefetcher, StagingPool, StepBatch
 
-WAYS = ("to_device_eager", "staging_eager", "staging_batch", "staging_batch_prefetch")
+OFFLOADS = "staging_batch_prefetch"  # a step of which takes up to a quarter of a second
+WAYS = ("to_device_eager", "staging_eager", "staging_batch", OFFLOADS)
 COMPRESS_RATIOS = (128, 4) * 30 + (128,)  # 61 layers
 BATCHES = (16, 256)
 WARM_UP = 4  # steps: one eager, one captured, two replayed
@@ -39,11 +41,11 @@ class StepRow:
         scenario: the way, of WAYS.
         median_us, min_us, max_us: wall time of a step among many in a row.
         host_us: host time of a step, until its last launch, with an empty queue before it.
-        device_us: sum of its kernels' times on the device, in one profiled step. What two kernels
-            overlap counts twice.
+        device_us: sum of its kernels' times on the device, by a profile of many steps in a row.
+            What two kernels overlap counts twice.
         copy_us: the time of the states' copies alone, both directions at once; None for ways that
             leave the states on the device.
-        syncs: times the host waited for the device within a step.
+        syncs: times the host waited for the device within a step, rounded up.
     """
 
     op: str
@@ -94,7 +96,7 @@ def way(
         else:
             batch = stack.enter_context(StepBatch(device, RING_BYTES))
             prefetcher = None
-            if name == "staging_batch_prefetch":
+            if name == OFFLOADS:
                 prefetcher = stack.enter_context(_offloaded(model, device))
 
             def one_step(arrays: dict[str, np.ndarray]) -> None:
@@ -174,21 +176,27 @@ def measure(
             for name in WAYS:
                 started(f"batch {batch}: {name}")
                 one_step = stack.enter_context(way(name, shape, model, states, device))
-                timed.append((_times(name, shape, model, one_step), shape, one_step))
+                metadata = _metadata(shape, count=8 if name == OFFLOADS else 32)
+                times = _times(name, shape, model, one_step, metadata)
+                timed.append((times, one_step, metadata))
         # Last: once a process has been profiled, its launches take longer.
         started("profiles")
-        rows = [StepRow(**times, **_profile(one_step, shape)) for times, shape, one_step in timed]
+        rows = [StepRow(**times, **_profile(*profiled)) for times, *profiled in timed]
     return StepReport(**report.environment(device), rows=rows)
 
 
-def _times(name: str, shape: Shape, model: list[Layer], one_step: OneStep) -> dict:
-    """What a StepRow has of one way, all but its profile."""
+def _metadata(shape: Shape, count: int) -> list[dict]:
     steps = step_model.steady_steps(shape)
-    offloads = name == "staging_batch_prefetch"  # where a step takes up to a quarter of a second
-    metadata = [step_model.metadata(shape, *next(steps)) for _ in range(8 if offloads else 32)]
+    return [step_model.metadata(shape, *next(steps)) for _ in range(count)]
+
+
+def _times(
+    name: str, shape: Shape, model: list[Layer], one_step: OneStep, metadata: list[dict]
+) -> dict:
+    """What a StepRow has of one way, all but its profile."""
     for arrays in metadata[:WARM_UP]:
         one_step(arrays)
-    times = [_wall(one_step, metadata) for _ in range(3 if offloads else 9)]
+    times = [_wall(one_step, metadata) for _ in range(3 if name == OFFLOADS else 9)]
     return {
         "op": "step",
         "scenario": name,
@@ -201,7 +209,7 @@ def _times(name: str, shape: Shape, model: list[Layer], one_step: OneStep) -> di
         "min_us": min(times),
         "max_us": max(times),
         "host_us": _host(one_step, metadata),
-        "copy_us": _copies(model) if offloads else None,
+        "copy_us": _copies(model) if name == OFFLOADS else None,
     }  # fmt: skip
 
 
@@ -225,21 +233,21 @@ def _host(one_step: OneStep, metadata: list[dict]) -> float:
     return statistics.median(times)
 
 
-def _profile(one_step: OneStep, shape: Shape) -> dict:
-    """What a StepRow has of one profiled step."""
-    arrays = step_model.metadata(shape, *next(step_model.steady_steps(shape)))
+def _profile(one_step: OneStep, metadata: list[dict]) -> dict:
+    """What a StepRow has of profiled steps."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        with torch.profiler.record_function("kvfold step"):
-            one_step(arrays)
+        with torch.profiler.record_function("kvfold steps"):
+            for arrays in metadata:
+                one_step(arrays)
         torch.cuda.synchronize()
     events = profiler.events()
-    (step,) = (
+    (steps,) = (
         event for event in events
-        if event.name == "kvfold step" and event.device_type == torch.autograd.DeviceType.CPU
+        if event.name == "kvfold steps" and event.device_type == torch.autograd.DeviceType.CPU
     )  # fmt: skip
-    inside = step.time_range
+    inside = steps.time_range
     syncs = sum(
         event.name in SYNCHRONISATIONS and inside.start <= event.time_range.start <= inside.end
         for event in events
@@ -247,10 +255,10 @@ def _profile(one_step: OneStep, shape: Shape) -> dict:
     kernels = (
         event for event in events
         if event.device_type == torch.autograd.DeviceType.CUDA
-        and not event.name.startswith(("Mem", "kvfold step"))
+        and not event.name.startswith(("Mem", "kvfold steps"))
     )  # fmt: skip
     device_us = sum(event.time_range.elapsed_us() for event in kernels)
-    return {"device_us": device_us, "syncs": syncs}
+    return {"device_us": device_us / len(metadata), "syncs": math.ceil(syncs / len(metadata))}
 
 
 def _copies(model: list[Layer]) -> float:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import gate
-import numpy as np
 import problems
 import pytest
 import torch
