@@ -10,6 +10,11 @@ struct bf16 {
   unsigned short bits;
 };
 
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
 constexpr float lowest = -3.402823466e+38f;  // finite
 constexpr float log2_e = 1.4426950408889634f;
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
@@ -32,6 +37,25 @@ __device__ __forceinline__ float column(const Vec<float, N>& v, int i) {
 template <int N>
 __device__ __forceinline__ float column(const Vec<bf16, N>& v, int i) {
   return __uint_as_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] << 16);
+}
+
+// The larger of each column; the other one of a NaN.
+template <int N>
+__device__ __forceinline__ Vec<float, N> max_columns(const Vec<float, N>& a,
+                                                     const Vec<float, N>& b) {
+  Vec<float, N> most;
+#pragma unroll
+  for (int i = 0; i < N; ++i) most.word[i] = __float_as_uint(fmaxf(column(a, i), column(b, i)));
+  return most;
+}
+
+template <int N>
+__device__ __forceinline__ Vec<bf16, N> max_columns(const Vec<bf16, N>& a, const Vec<bf16, N>& b) {
+  Vec<bf16, N> most;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most.word[i]) : "r"(a.word[i]), "r"(b.word[i]));
+  return most;
 }
 
 __device__ __forceinline__ uint32 round_pair_to_bf16(float low, float high) {
@@ -64,31 +88,36 @@ __device__ __forceinline__ Vec<T, N> every_column(float x) {
 
 // ---- Global memory ------------------------------------------------------------------------------
 
-// Streams a vector in, or gives zeros without touching memory if `present` is false. The asm is
-// volatile to keep loads in program order: all of a leaf's loads are issued before the first wait.
-// No .nc: what is read may have been written by a kernel that ended after this one began.
+// Streams a vector in; touches neither memory nor `v` if `present` is false. The asm is volatile to
+// keep loads in program order: all of a leaf's loads are issued before the first wait. No .nc: what
+// is read may have been written by a kernel that ended after this one began.
 template <class T, int N>
-__device__ __forceinline__ Vec<T, N> load(const T* address, bool present) {
-  Vec<T, N> v;
+__device__ __forceinline__ void load_over(Vec<T, N>& v, const T* address, bool present) {
 #pragma unroll
   for (int i = 0; i < Vec<T, N>::words; i += 4) {
     uint32* w = v.word + i;
     const char* at = reinterpret_cast<const char*>(address) + 4 * i;
     if constexpr (Vec<T, N>::words == 2) {
       asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;\n"
+          "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
           "  @p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
-          : "=&r"(w[0]), "=&r"(w[1])
+          : "+r"(w[0]), "+r"(w[1])
           : "l"(at), "r"(int(present)));
     } else {
       asm volatile(
           "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-          "  mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
           "  @p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-          : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
+          : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3])
           : "l"(at), "r"(int(present)));
     }
   }
+}
+
+// The same, or zeros.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> load(const T* address, bool present) {
+  Vec<T, N> v = {};
+  load_over(v, address, present);
   return v;
 }
 

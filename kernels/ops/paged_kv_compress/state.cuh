@@ -169,6 +169,9 @@ struct State {
     Vec<float, vector> ape;
   };
 
+  // Whether a new row's KV is in the state as it comes.
+  static constexpr bool same_type = is_same<kv_t, state_t>;
+
   // So many a thread may have in registers that they cost no occupancy.
   static constexpr int new_at_once = max_of(1, 128 / int(sizeof(NewColumns)));
 
@@ -194,14 +197,23 @@ struct State {
   // The same as the state holds it.
   static __device__ __forceinline__ void round_new(const NewColumns& columns, Columns& kv,
                                                    Columns& score) {
-    float exact_kv[vector], exact_score[vector];
+    if constexpr (same_type) {
+      kv = columns.kv;
+    } else {
+      float exact[vector];
 #pragma unroll
-    for (int i = 0; i < vector; ++i) {
-      exact_kv[i] = column(columns.kv, i);
-      exact_score[i] = __fadd_rn(column(columns.score, i), column(columns.ape, i));
+      for (int i = 0; i < vector; ++i) exact[i] = column(columns.kv, i);
+      round_columns(exact, kv);
     }
-    round_columns(exact_kv, kv);
-    round_columns(exact_score, score);
+    add_ape(columns.score, columns.ape, score);
+  }
+
+  static __device__ __forceinline__ void add_ape(const Vec<kv_t, vector>& new_score,
+                                                 const Vec<float, vector>& ape, Columns& score) {
+    float exact[vector];
+#pragma unroll
+    for (int i = 0; i < vector; ++i) exact[i] = __fadd_rn(column(new_score, i), column(ape, i));
+    round_columns(exact, score);
   }
 };
 

@@ -84,6 +84,8 @@ struct Window {
     char* bytes = reinterpret_cast<char*>(shared);
     slots = reinterpret_cast<Columns*>(bytes) + threadIdx.x;
     slots_at = shared_address(slots);
+    // The compiler would work it out anew for every copy, were it not another lane's for all it knows.
+    if constexpr (!in_registers) slots_at = __shfl_sync(0xffffffffu, slots_at, threadIdx.x % 32);
     arrival_set = 0;
     arrivals = reinterpret_cast<NewColumns*>(bytes + held_bytes) + threadIdx.x % lanes;
     partials = reinterpret_cast<float*>(bytes + held_bytes + new_bytes);
@@ -198,22 +200,59 @@ struct Window {
     return rows.find_new(request, leaf.position + i - request.start, phase, column_of(row));
   }
 
+  // What arrives, all of it on its way before any is waited for.
   __device__ __forceinline__ void load_new(const Request& request, const Leaf& leaf,
                                            const Fetched& fetched) {
-    constexpr int at_once = state::new_at_once;
-#pragma unroll
-    for (int first = 0; first < held_rows; first += at_once) {
-      if (!(fetched.arriving >> first & ((1u << at_once) - 1))) continue;
+    if constexpr (!in_registers) load_to_shared(request, leaf, fetched);
+    else if constexpr (state::same_type) load_in_place(request, leaf, fetched);
+    else load_and_round(request, leaf, fetched);
+  }
+
+  // Finds the rows as they are; registers need an index known to the compiler.
+  __device__ __forceinline__ void load_to_shared(const Request& request, const Leaf& leaf,
+                                                 const Fetched& fetched) {
+    constexpr int at_once = min_of(C::next_n, 256 / int(sizeof(NewColumns)));
+#pragma unroll 1
+    for (uint32 left = fetched.arriving; left;) {
+      const int first = __ffs(left) - 1;
       NewColumns columns[at_once];
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
-        columns[i] = state::load_new(find_new(request, leaf, first + i),
-                                     fetched.arriving >> (first + i) & 1);
+        columns[i] = state::load_new(find_new(request, leaf, first + i), left >> (first + i) & 1);
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
-        if (fetched.arriving >> (first + i) & 1)
+        if (left >> (first + i) & 1)
           state::round_new(columns[i], slot(first + i, 0), slot(first + i, 1));
+      left &= ~0u << first << at_once;
     }
+  }
+
+  // As they come, in the registers where they are to be, so that only ape takes others.
+  __device__ __forceinline__ void load_in_place(const Request& request, const Leaf& leaf,
+                                                const Fetched& fetched) {
+    Vec<float, vector> ape[held_rows];
+#pragma unroll
+    for (int i = 0; i < held_rows; ++i) {
+      const bool arrives = fetched.arriving >> i & 1;
+      const auto from = find_new(request, leaf, i);
+      load_over(slot(i, 0), from.kv, arrives);
+      load_over(slot(i, 1), from.score, arrives);
+      ape[i] = load<float, vector>(from.ape, arrives);
+    }
+#pragma unroll
+    for (int i = 0; i < held_rows; ++i)
+      if (fetched.arriving >> i & 1) state::add_ape(slot(i, 1), ape[i], slot(i, 1));
+  }
+
+  __device__ __forceinline__ void load_and_round(const Request& request, const Leaf& leaf,
+                                                 const Fetched& fetched) {
+    NewColumns columns[held_rows];
+#pragma unroll
+    for (int i = 0; i < held_rows; ++i)
+      columns[i] = state::load_new(find_new(request, leaf, i), fetched.arriving >> i & 1);
+#pragma unroll
+    for (int i = 0; i < held_rows; ++i)
+      if (fetched.arriving >> i & 1) state::round_new(columns[i], slot(i, 0), slot(i, 1));
   }
 
   __device__ __forceinline__ void copy_new(const Request& request, const Leaf& leaf,
@@ -246,20 +285,21 @@ struct Window {
     Columns score[held_rows];
 #pragma unroll
     for (int i = 0; i < held_rows; ++i) score[i] = slot(i, 1);
-    float max[vector];
+    Columns highest = score[0];
 #pragma unroll
-    for (int v = 0; v < vector; ++v) {
-      max[v] = lowest;
-#pragma unroll
-      for (int i = 0; i < held_rows; ++i) max[v] = fmaxf(max[v], column(score[i], v));
-    }
+    for (int i = 1; i < held_rows; ++i) highest = max_columns(highest, score[i]);
 #pragma unroll
     for (int distance = lanes; distance < lanes * leaf_groups; distance *= 2) {
       any_present |= bool(__shfl_xor_sync(0xffffffffu, int(any_present), distance));
+      Columns other;
 #pragma unroll
-      for (int v = 0; v < vector; ++v)
-        max[v] = fmaxf(max[v], __shfl_xor_sync(0xffffffffu, max[v], distance));
+      for (int i = 0; i < Columns::words; ++i)
+        other.word[i] = __shfl_xor_sync(0xffffffffu, highest.word[i], distance);
+      highest = max_columns(highest, other);
     }
+    float max[vector];
+#pragma unroll
+    for (int v = 0; v < vector; ++v) max[v] = fmaxf(column(highest, v), lowest);
 
     Partial quad[held_quads][vector];
 #pragma unroll
