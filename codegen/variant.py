@@ -263,7 +263,7 @@ class Variant:
         partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
         held = threads * 4 * held_quads * 2 * 16
         if not persistent:
-            return partials + (held if held_quads > 1 else 0)  # one quad stays in registers
+            return held if held_quads > 1 else partials  # one quad stays in registers
         new = self.next_n * head_slice * (2 * ITEM_BYTES[self.kv_dtype] + 4)
         return held + 2 * new + 2 * partials + 2 * self.listed + self.listed // 8
 

@@ -301,7 +301,7 @@ def test_faults_outside_rows(file, content, row, field, words):
         ([ROW | {"max_batch": [48]}], 1, "max_batch = [48] is not accepted; legal: 1, 2, ..."),
         ([ROW | {"head_slice": 48}], 1, "head_slice = 48 does not divide head_dim 512; legal: 4,"),
         ([ROW | {"reduce_warps": 32, "head_slice": 256}], 1, "makes a CTA of 2048 threads"),
-        ([ROW | {"head_slice": 128}], 1, "takes 143360 bytes of shared memory"),
+        ([ROW | {"head_slice": 128}], 1, "takes 131072 bytes of shared memory"),
         ([{k: v for k, v in ROW.items() if k != "next_n"}], 1, "next_n is missing; legal: 1, 2,"),
         ([ROW, ROW], 2, "min_batch = 1 duplicates paged_kv_compress row 1 (line 3) (head_dim 512"),
         ([ROW, ROW | {"head_slice": 32}], 2, "min_batch = 1 overlaps paged_kv_compress row 1"),

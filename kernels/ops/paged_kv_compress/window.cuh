@@ -47,8 +47,12 @@ struct Window {
   static constexpr int new_columns = C::persistent ? C::next_n * lanes : 0;
   static constexpr int new_bytes = 2 * new_columns * int(sizeof(NewColumns));
 
-  // Two sets, of which one may be written while the other is read.
-  static constexpr int partial_floats = C::reduce_warps > 1 ? 3 * C::reduce_warps * C::head_slice : 0;
+  // The warps' partials lie in the slots, where these are free by then: what shared memory the CTAs
+  // leave is L1, and the store is slow without. Else two sets, of which one may be written while
+  // the other is read.
+  static constexpr bool partials_in_slots = !in_registers && !C::persistent;
+  static constexpr int partial_floats =
+      C::reduce_warps > 1 && !partials_in_slots ? 3 * C::reduce_warps * C::head_slice : 0;
   static constexpr int partial_sets = C::persistent ? 2 : 1;
   static constexpr int shared_bytes = held_bytes + new_bytes + partial_sets * partial_floats * 4;
 
@@ -70,7 +74,7 @@ struct Window {
   // reduce_cta is then between a set's last reader and its next writer.
   NewColumns* arrivals;
   int arrival_set;
-  float* partials;       // [3][reduce_warps][head_slice], in shared memory
+  float* partials;       // [3][reduce_warps][head_slice], in shared memory; see partial_at
 
   __device__ __forceinline__ Window(const Params& params, uint4* shared, int slice)
       : p(params), rows{params} {
@@ -84,11 +88,13 @@ struct Window {
     char* bytes = reinterpret_cast<char*>(shared);
     slots = reinterpret_cast<Columns*>(bytes) + threadIdx.x;
     slots_at = shared_address(slots);
-    // The compiler would work it out anew for every copy, were it not another lane's for all it knows.
-    if constexpr (!in_registers) slots_at = __shfl_sync(0xffffffffu, slots_at, threadIdx.x % 32);
+    // Else the compiler works it out anew for every copy: it cannot know this to be the lane's own.
+    // The persistent schedule has no register for it.
+    if constexpr (!in_registers && !C::persistent)
+      slots_at = __shfl_sync(0xffffffffu, slots_at, threadIdx.x % 32);
     arrival_set = 0;
     arrivals = reinterpret_cast<NewColumns*>(bytes + held_bytes) + threadIdx.x % lanes;
-    partials = reinterpret_cast<float*>(bytes + held_bytes + new_bytes);
+    partials = reinterpret_cast<float*>(bytes + (partials_in_slots ? 0 : held_bytes + new_bytes));
   }
 
   // An overlapping window's rows are those of the window before it, then its own.
@@ -371,6 +377,17 @@ struct Window {
     }
   }
 
+  // Where a warp's partial of a column is among those of one kind. In the slots every thread writes
+  // only where its own rows were, four columns to 16 bytes.
+  static __device__ __forceinline__ int partial_at(int warp, int local_column) {
+    if constexpr (partials_in_slots) {
+      const int thread = warp * warp_groups * lanes + local_column / vector;
+      return (local_column % vector / 4 * C::threads + thread) * 4 + local_column % 4;
+    } else {
+      return warp * C::head_slice + local_column;
+    }
+  }
+
   // The top of the tree, over the warps that share the window, and the output row.
   __device__ __forceinline__ void reduce_cta(const Partial (&result)[vector], int64 output_row,
                                              bool writes) {
@@ -382,14 +399,14 @@ struct Window {
           write_output(output_row, lane_column + v, finish(result[v]));
       }
     } else {
-      constexpr int plane = C::reduce_warps * C::head_slice;
+      constexpr int plane = partials_in_slots ? C::threads * vector : C::reduce_warps * C::head_slice;
       if (uint32(group) % warp_groups == 0) {
-        float* mine = partials + uint32(group) / warp_groups * C::head_slice + lane_column;
 #pragma unroll
         for (int v = 0; v < vector; ++v) {
-          mine[v] = result[v].max;
-          mine[plane + v] = result[v].sum;
-          mine[2 * plane + v] = result[v].weighted;
+          float* mine = partials + partial_at(uint32(group) / warp_groups, lane_column + v);
+          mine[0] = result[v].max;
+          mine[plane] = result[v].sum;
+          mine[2 * plane] = result[v].weighted;
         }
       }
       __syncthreads();
@@ -399,7 +416,7 @@ struct Window {
         Partial part[C::reduce_warps];
 #pragma unroll
         for (int w = 0; w < C::reduce_warps; ++w) {
-          const float* its = partials + w * C::head_slice + local;
+          const float* its = partials + partial_at(w, local);
           part[w] = {its[0], its[plane], its[2 * plane]};
         }
         write_output(output_row, local, finish(combine_all<C::reduce_warps>(part)));
