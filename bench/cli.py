@@ -562,9 +562,9 @@ def tune(
     lists of a row. Problems that differ in next_n alone are timed once, at the largest, and share
     their rows.
 
-    Of each problem, all variants are checked and timed at four points; at most 12 go on, to every
+    Of each problem, all variants are checked and timed at five points; at most 20 go on, to every
     batch size in every scenario. The ranges chosen make the geometric mean of the times, weighted
-    by --mixture, least; a range more must gain 3 % at some batch size.
+    by --mixture, least; a range more must gain 1 % at some batch size.
     """
     weights = search.mixture(mixture)
     if table is None and os.environ.get("KVFOLD_CONFIG"):

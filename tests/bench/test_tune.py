@@ -198,7 +198,7 @@ def test_all_are_timed_at_first_and_the_good_ones_once_everywhere():
     good, fair, bad = variant(), variant(head_slice=64), variant(reduce_warps=1)
     time, asked = made_up({good: 1, fair: 1.3, bad: 1.4})
     times = tune.measure([bad, good, fair], time, AXIS, SCENARIOS)
-    first = [("all-hit", 1), ("all-hit", 64), ("all-hit", 512), ("spread", 512)]
+    first = [("all-hit", 1), ("all-hit", 64), ("all-hit", 512), ("spread", 64), ("spread", 512)]
     assert set(times[bad]) == set(first)
     assert set(times[good]) == set(times[fair]) == set(itertools.product(SCENARIOS, AXIS))
     assert len(asked) == len(set(asked)) <= tune.most_times(3, AXIS, SCENARIOS)
@@ -208,9 +208,10 @@ def test_all_are_timed_at_first_and_the_good_ones_once_everywhere():
 
 
 def test_what_is_good_at_one_point_or_schedule_alone_survives():
-    many = [variant(head_slice=s, reduce_warps=w) for s in (32, 64, 128) for w in (2, 4, 8, 16)]
+    slices, warps = (16, 32, 64, 128, 256), (1, 2, 4, 8)
+    many = [variant(head_slice=s, reduce_warps=w) for s in slices for w in warps]
     persistent = variant(schedule="persistent", min_ctas=5)
-    large = variant(head_slice=16)
+    large = variant(head_slice=512, reduce_warps=2)
     points = [("all-hit", 1), ("all-hit", 512)]
     times = {v: dict.fromkeys(points, 10 + n / 100) for n, v in enumerate(many)}
     times[persistent] = dict.fromkeys(points, 13.0)
@@ -268,8 +269,8 @@ def test_ranges_tile_the_axis_and_meet_in_the_geometric_middle():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("gain", "count"), [(1.029, 1), (1.031, 2)])
-def test_a_range_more_must_gain_three_per_cent(gain, count):
+@pytest.mark.parametrize(("gain", "count"), [(1.009, 1), (1.011, 2)])
+def test_a_range_more_must_gain_one_per_cent(gain, count):
     one, other = variant(), variant(head_slice=64)
     times = {
         one: {("spread", 1): 1.0, ("spread", 2): gain},
