@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from kvfold.step.align import aligned
+from kvfold.step.device import resolve_device
 
 log = logging.getLogger("kvfold")
 
@@ -110,7 +111,7 @@ class SegmentPrefetcher:
 
     Args:
         segments: what to hold, in the order of use; each {name: CPU tensor}.
-        device: a CUDA device, or "cpu".
+        device: a CUDA device, the current one if it has no index, or "cpu".
         budget_bytes: the most device memory to take, in bytes. With room for two segments as large
             as the largest, one is prefetched; with room for one, each is copied when asked for,
             which a warning says.
@@ -124,17 +125,13 @@ class SegmentPrefetcher:
     def __init__(
         self,
         segments: Sequence[Mapping[str, torch.Tensor]],
-        device: torch.device | str,
+        device: torch.device | str | int,
         budget_bytes: int,
         *,
         write_back: bool = False,
     ):
-        self._device = torch.device(device)
-        if self._device.type not in ("cuda", "cpu"):
-            raise ValueError(f"device is {str(self._device)!r}; accepted: cuda, cpu")
+        self._device = resolve_device(device)
         self._cuda = self._device.type == "cuda"
-        if self._cuda and self._device.index is None:
-            self._device = torch.device("cuda", torch.cuda.current_device())
         _check(segments)
         sizes = [sum(aligned(tensor.nbytes) for tensor in s.values()) for s in segments]
         largest = max(sizes)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.step.align import ALIGNMENT, aligned
+from kvfold.step.device import resolve_device
 from kvfold.step.packing import Array, Packing, Place, accepted
 from kvfold.step.ring import Ring
 
@@ -65,7 +66,7 @@ class StagingPool:
     def __init__(
         self, device: torch.device | str | int, capacity_bytes: int, *, fallback: bool = False
     ) -> None:
-        self.device = _device(device)
+        self.device = resolve_device(device)
         if type(capacity_bytes) is not int or capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes!r}; accepted: a positive int")
         self._ring = Ring(capacity_bytes, ALIGNMENT)
@@ -252,17 +253,6 @@ class Staged:
 def _whole(block: torch.Tensor, size: int) -> dict[int, torch.Tensor]:
     """What _send takes to fill a block at once."""
     return {0: block[:size]} if size else {}
-
-
-def _device(device: torch.device | str | int) -> torch.device:
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"device is {str(device)!r}; accepted: a CUDA device or 'cpu'")
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _allocate(capacity: int, pinned: bool, fallback: bool) -> torch.Tensor:

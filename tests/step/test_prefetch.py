@@ -226,7 +226,7 @@ def test_join_forgets_what_was_prefetched():
             "cpu",
             "a torch.sparse_coo tensor on 'cpu'; accepted",
         ),
-        ([{"a": torch.zeros(1)}], "meta", "device is 'meta'; accepted: cuda, cpu"),
+        ([{"a": torch.zeros(1)}], "meta", "device is 'meta'; accepted: a CUDA device or 'cpu'"),
     ],
 )
 def test_wrong_arguments(segments, device, message):
