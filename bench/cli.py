@@ -564,7 +564,7 @@ def tune(
 
     Of each problem, all variants are checked and timed at five points; at most 20 go on, to every
     batch size in every scenario. The ranges chosen make the geometric mean of the times, weighted
-    by --mixture, least; a range more must gain 1 % at some batch size.
+    by --mixture, least; a range more must gain 1 %, all batch sizes together.
     """
     weights = search.mixture(mixture)
     if table is None and os.environ.get("KVFOLD_CONFIG"):

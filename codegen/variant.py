@@ -58,6 +58,8 @@ class TableError(ValueError):
 
 def one_of(values: Sequence) -> str:
     """Legal values in words: 'bf16, fp32' or, where there are many, '8, 16, ..., 512 (integer)'."""
+    if not values:
+        return "none"
     few = values if len(values) <= 16 else (*values[:2], "...", values[-1])
     words = ", ".join(json.dumps(value).strip('"') for value in few)
     return words + (" (integer)" if type(values[0]) is int else "")

@@ -1,9 +1,8 @@
-"""CUDA graph captures that, where they fail, leave torch as it was."""
+"""CUDA graph captures after whose failure torch's allocator and random numbers go on as before."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,20 +18,25 @@ def capture(
         (the graph, what body returned)
 
     Raises:
-        BaseException: the first thing that went wrong, in body or in the capture.
+        BaseException: what body raised, else what went wrong with the capture.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    handled = sys.exc_info()[1]  # by the caller, if it is handling something
+    first = None
     try:
         with _capturing(graph, stream, pool):
-            return graph, body(*args)
+            try:
+                return graph, body(*args)
+            except BaseException as error:
+                first = error  # the capture's end may fail too, less telling
+                raise
     except BaseException as error:
-        first = error
-    while first.__context__ not in (None, handled):  # the end fails too, less telling
-        first = first.__context__
+        first = error if first is None else first
     del graph
     _mend(pool, stream)
-    raise first
+    try:
+        raise first
+    finally:
+        del first  # or it and this frame keep each other, and what the body had
 
 
 @contextlib.contextmanager
@@ -52,7 +56,8 @@ def _mend(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
     """Ends for torch what a failed capture has begun; torch 2.11 leaves it open.
 
     Its allocator would keep what is freed after use on two streams for good (PyTorch's pull request
-    180395), and its random numbers would fail until another capture ends.
+    180395), and its random numbers would fail until another capture ends. What the body had of
+    pinned memory stays with torch: Python cannot end that.
     """
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # the allocator knows of no capture: it has ended

@@ -292,16 +292,16 @@ def _abandon(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
 def _check_destination(destination: torch.Tensor, place: Place, device: torch.device) -> None:
     """Raises ValueError if an array's bytes cannot be copied to the destination's."""
     if not isinstance(destination, torch.Tensor):
-        value, accepted = f"of type {type(destination).__name__}", "tensors"
+        value, legal = f"of type {type(destination).__name__}", "tensors"
     elif destination.device != device:
-        value, accepted = f"on {str(destination.device)!r}", f"{str(device)!r}"
+        value, legal = f"on {str(destination.device)!r}", f"{str(device)!r}"
     elif destination.dtype != place.dtype:
-        value, accepted = f"of dtype {destination.dtype}", f"{place.dtype}, the array's"
+        value, legal = f"of dtype {destination.dtype}", f"{place.dtype}, the array's"
     elif destination.shape != place.shape:
         value = f"of shape {tuple(destination.shape)}"
-        accepted = f"{place.shape}, the array's"
+        legal = f"{place.shape}, the array's"
     elif not destination.is_contiguous():
-        value, accepted = f"of stride {destination.stride()}", "contiguous tensors"
+        value, legal = f"of stride {destination.stride()}", "contiguous tensors"
     else:
         return
-    raise ValueError(f"destination {place.name!r} is {value}; accepted: {accepted}")
+    raise ValueError(f"destination {place.name!r} is {value}; accepted: {legal}")

@@ -128,6 +128,11 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
             "reduce_warps",
             "legal: 4, 8, 16, 32 (integer)",
         ),
+        (
+            {"schedule": "persistent", "compress_ratio": 4096, "reduce_warps": 8},
+            "reduce_warps",
+            "legal: none",
+        ),
         ({"min_ctas": 33}, "min_ctas", "min_ctas = 33 is not accepted; legal: 1, 2, ..., 32"),
         (
             {"min_ctas": 7},  # of 256 threads each

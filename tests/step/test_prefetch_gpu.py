@@ -114,6 +114,7 @@ def test_the_next_segment_is_copied_while_a_body_runs(prefetcher):
     """The copy ends while the body cannot; seen by the side stream."""
     with prefetcher.segment(0), gate.closed():
         prefetcher._inbound.synchronize()
+        assert prefetcher.counters.bytes == 2 * sum(t.nbytes for t in make()[0].values())
         assert not torch.cuda.current_stream().query()
 
 

@@ -56,7 +56,7 @@ __device__ __forceinline__ void reduce_request(const Params& p, uint4* shared, u
     window.reduce_warp(result);
     const int64 row = int64(reserved.x) + i;
     window.reduce_cta(result, row, row >= 0 && row < reserved.y);
-    if (i + 1 < request.windows) __syncthreads();  // the partials are read, and written again
+    if (i + 1 < request.windows) __syncthreads();  // the partials are read; their slots are fetched to
   }
 }
 

@@ -172,9 +172,6 @@ struct State {
   // Whether a new row's KV is in the state as it comes.
   static constexpr bool same_type = is_same<kv_t, state_t>;
 
-  // So many a thread may have in registers that they cost no occupancy.
-  static constexpr int new_at_once = max_of(1, 128 / int(sizeof(NewColumns)));
-
   // Where it lies; phase: of its position in the window.
   struct NewPlace {
     const kv_t* kv;

@@ -10,6 +10,10 @@ struct Store {
   static constexpr int vector = state::vector;
   static constexpr int row_vecs = state::state_dim / vector;
 
+  // So many new rows a thread may have in registers that they cost no occupancy.
+  static constexpr int rows_at_once =
+      min_of(C::next_n, max_of(1, 128 / int(sizeof(typename state::NewColumns))));
+
   // One vector of some of a request's new rows.
   struct Item {
     Request request;
@@ -90,7 +94,7 @@ struct Store {
       item[k].begin = p.store_by_token ? token : 0;
       item[k].end = p.store_by_token ? min_of(token + 1, request.new_tokens) : request.new_tokens;
     }
-    store<min_of(C::next_n, state::new_at_once)>(p, item);
+    store<rows_at_once>(p, item);
   }
 };
 

@@ -40,6 +40,9 @@ struct Window {
   static constexpr uint32 all_rows = (1u << held_rows) - 1;
   static constexpr int leaf_groups = leaf_quads / held_quads;         // groups that share a leaf
 
+  // More would take registers from CTAs that could run beside this one.
+  static constexpr int arriving_at_once = max_of(1, 256 / int(sizeof(NewColumns)));
+
   // A thread holds a quad in registers; more, or what it fetches ahead, in shared memory, where all
   // CTAs together fit more. There also wait new rows that are fetched ahead.
   static constexpr bool in_registers = held_quads == 1 && !C::persistent;
@@ -48,8 +51,8 @@ struct Window {
   static constexpr int new_bytes = 2 * new_columns * int(sizeof(NewColumns));
 
   // The warps' partials lie in the slots, where these are free by then: what shared memory the CTAs
-  // leave is L1, and the store is slow without. Else two sets, of which one may be written while
-  // the other is read.
+  // leave is L1, and the store is slow without. A persistent CTA has two sets, of which one may be
+  // written while the other is read.
   static constexpr bool partials_in_slots = !in_registers && !C::persistent;
   static constexpr int partial_floats =
       C::reduce_warps > 1 && !partials_in_slots ? 3 * C::reduce_warps * C::head_slice : 0;
@@ -74,7 +77,7 @@ struct Window {
   // reduce_cta is then between a set's last reader and its next writer.
   NewColumns* arrivals;
   int arrival_set;
-  float* partials;       // [3][reduce_warps][head_slice], in shared memory; see partial_at
+  float* partials;       // of three kinds, each as partial_at says, in shared memory
 
   __device__ __forceinline__ Window(const Params& params, uint4* shared, int slice)
       : p(params), rows{params} {
@@ -88,8 +91,8 @@ struct Window {
     char* bytes = reinterpret_cast<char*>(shared);
     slots = reinterpret_cast<Columns*>(bytes) + threadIdx.x;
     slots_at = shared_address(slots);
-    // Else the compiler works it out anew for every copy: it cannot know this to be the lane's own.
-    // The persistent schedule has no register for it.
+    // A lane's own value, which the compiler cannot know; else it works the address out anew for every
+    // copy. The persistent schedule has no register for it.
     if constexpr (!in_registers && !C::persistent)
       slots_at = __shfl_sync(0xffffffffu, slots_at, threadIdx.x % 32);
     arrival_set = 0;
@@ -206,7 +209,8 @@ struct Window {
     return rows.find_new(request, leaf.position + i - request.start, phase, column_of(row));
   }
 
-  // What arrives, all of it on its way before any is waited for.
+  // What arrives: arriving_at_once rows are on their way before the first is waited for. At next_n 4
+  // that is all of them, but of fp32 rows for bf16 state.
   __device__ __forceinline__ void load_new(const Request& request, const Leaf& leaf,
                                            const Fetched& fetched) {
     if constexpr (!in_registers) load_to_shared(request, leaf, fetched);
@@ -217,7 +221,7 @@ struct Window {
   // Finds the rows as they are; registers need an index known to the compiler.
   __device__ __forceinline__ void load_to_shared(const Request& request, const Leaf& leaf,
                                                  const Fetched& fetched) {
-    constexpr int at_once = min_of(C::next_n, 256 / int(sizeof(NewColumns)));
+    constexpr int at_once = min_of(C::next_n, arriving_at_once);
 #pragma unroll 1
     for (uint32 left = fetched.arriving; left;) {
       const int first = __ffs(left) - 1;
@@ -252,13 +256,20 @@ struct Window {
 
   __device__ __forceinline__ void load_and_round(const Request& request, const Leaf& leaf,
                                                  const Fetched& fetched) {
-    NewColumns columns[held_rows];
+    constexpr int at_once = min_of(held_rows, arriving_at_once);
 #pragma unroll
-    for (int i = 0; i < held_rows; ++i)
-      columns[i] = state::load_new(find_new(request, leaf, i), fetched.arriving >> i & 1);
+    for (int first = 0; first < held_rows; first += at_once) {
+      if (at_once < held_rows && !(fetched.arriving >> first & ((1u << at_once) - 1))) continue;
+      NewColumns columns[at_once];
 #pragma unroll
-    for (int i = 0; i < held_rows; ++i)
-      if (fetched.arriving >> i & 1) state::round_new(columns[i], slot(i, 0), slot(i, 1));
+      for (int i = 0; i < at_once; ++i)
+        columns[i] = state::load_new(find_new(request, leaf, first + i),
+                                     fetched.arriving >> (first + i) & 1);
+#pragma unroll
+      for (int i = 0; i < at_once; ++i)
+        if (fetched.arriving >> (first + i) & 1)
+          state::round_new(columns[i], slot(first + i, 0), slot(first + i, 1));
+    }
   }
 
   __device__ __forceinline__ void copy_new(const Request& request, const Leaf& leaf,

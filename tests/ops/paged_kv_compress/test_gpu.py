@@ -155,6 +155,14 @@ def test_persistent_ctas_whose_new_rows_change_threads_from_window_to_window():
         assert_does_its_job(lambda *args: run_variant(variant, *args), case.clone())
 
 
+def test_windows_of_a_request_take_the_slots_in_which_the_last_ones_partials_lie():
+    spans = [(start % 8, 16) for start in range(300)]
+    case = problems.make(spans, head_dim=128, compress_ratio=8, next_n=16, device="cuda")
+    variant = Variant(op=OP, **case.key, backend="cuda", reduce_warps=2, head_slice=128)
+    for _ in range(5):
+        assert_does_its_job(lambda *args: run_variant(variant, *args), case.clone())
+
+
 # ---- The same bits -------------------------------------------------------------------------------
 
 
