@@ -44,7 +44,7 @@ gpu:  ## on a GPU: install without dependencies, GPU tests, demo, the production
 BENCH = $(PYTHON) -m kvfold.bench --prefetch-state --json $(OUT)/h200.json
 R4    = --compress-ratio 4 --scenario all-hit --batch 16,64,128,256,512
 
-bench: kernels step  ## on a GPU: everything that bench/results holds, into OUT
+bench: kernels step  ## on a GPU: all of bench/results but the profile, into OUT
 
 step:  ## on a GPU: a whole decode step, four ways
 	mkdir -p $(OUT)

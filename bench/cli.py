@@ -476,7 +476,8 @@ def step_command(
         return
     device = torch.device("cuda", torch.cuda.current_device())
     with _progress() as progress:
-        task = progress.add_task("", total=len(batches) * (len(stepping.WAYS) + 1))
+        each = 1 + len(stepping.WAYS)  # a check, then the ways; their profiles come last
+        task = progress.add_task("", total=len(batches) * each + 1)
         done = stepping.measure(
             batches,
             device,

@@ -4,6 +4,7 @@ Each step uploads its metadata and then runs, per layer, a projection and the co
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -118,6 +119,13 @@ def _offloaded(model: list[Layer], device: torch.device) -> SegmentPrefetcher:
     return SegmentPrefetcher(segments, device, 2 * largest + (1 << 16), write_back=True)
 
 
+def _metadata(
+    shape: Shape, steps: Iterator[tuple[np.ndarray, np.ndarray]], count: int
+) -> list[dict[str, np.ndarray]]:
+    """Those of the first `count` steps."""
+    return [step_model.metadata(shape, *step) for step in itertools.islice(steps, count)]
+
+
 # ---- right ---------------------------------------------------------------------------------------
 
 
@@ -129,9 +137,7 @@ def check(
     Raises:
         WrongResult: they do not end with the same bits.
     """
-    metadata = [
-        step_model.metadata(shape, *step) for step, _ in zip(steps, range(count), strict=False)
-    ]
+    metadata = _metadata(shape, steps, count)
     expected: list[Tensor] | None = None
     for name in WAYS:
         model = step_model.layers(shape, device)
@@ -176,18 +182,14 @@ def measure(
             for name in WAYS:
                 started(f"batch {batch}: {name}")
                 one_step = stack.enter_context(way(name, shape, model, states, device))
-                metadata = _metadata(shape, count=8 if name == OFFLOADS else 32)
+                steps = step_model.steady_steps(shape)
+                metadata = _metadata(shape, steps, count=8 if name == OFFLOADS else 32)
                 times = _times(name, shape, model, one_step, metadata)
                 timed.append((times, one_step, metadata))
         # Last: once a process has been profiled, its launches take longer.
         started("profiles")
         rows = [StepRow(**times, **_profile(*profiled)) for times, *profiled in timed]
     return StepReport(**report.environment(device), rows=rows)
-
-
-def _metadata(shape: Shape, count: int) -> list[dict]:
-    steps = step_model.steady_steps(shape)
-    return [step_model.metadata(shape, *next(steps)) for _ in range(count)]
 
 
 def _times(

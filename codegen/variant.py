@@ -265,7 +265,8 @@ class Variant:
         partials = 12 * self.reduce_warps * head_slice if self.reduce_warps > 1 else 0
         held = threads * 4 * held_quads * 2 * 16
         if not persistent:
-            return held if held_quads > 1 else partials  # one quad stays in registers
+            # One quad stays in registers; where more were, the partials lie.
+            return held if held_quads > 1 else partials
         new = self.next_n * head_slice * (2 * ITEM_BYTES[self.kv_dtype] + 4)
         return held + 2 * new + 2 * partials + 2 * self.listed + self.listed // 8
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvfold.step.capture import capture
+from kvfold.step.device import on_device
 from kvfold.step.packing import Array
 from kvfold.step.staging import Staged, StagingPool
 
@@ -102,7 +103,7 @@ class StepBatch:
         """
         if self._open:
             raise RuntimeError(f"step {key!r} begins within another step of the same StepBatch")
-        with self._on_device():
+        with on_device(self.device):
             self._follow_stream()
             step = Step(self, self._entry(key))
             self._open = True
@@ -122,7 +123,7 @@ class StepBatch:
         if tensor.device != self.device or not self._on_gpu:
             self.synchronize()  # it may be what a step's copies go to
             return tensor.detach().to("cpu", copy=True)
-        with self._on_device():
+        with on_device(self.device):
             self._follow_stream()
             self._count(synchronisations=1)
             copy = tensor.cpu()
@@ -205,9 +206,6 @@ class StepBatch:
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
         self._stream = stream
-
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.device) if self._on_gpu else contextlib.nullcontext()
 
     def _count(self, **more: int) -> None:
         changed = {name: getattr(self.counters, name) + n for name, n in more.items()}

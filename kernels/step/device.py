@@ -1,5 +1,7 @@
 """The device that a part of a step is on."""
 
+import contextlib
+
 import torch
 
 
@@ -17,3 +19,8 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
     if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a CUDA device torch's current one; does nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

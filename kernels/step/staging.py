@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.step.align import ALIGNMENT, aligned
-from kvfold.step.device import resolve_device
+from kvfold.step.device import on_device, resolve_device
 from kvfold.step.packing import Array, Packing, Place, accepted
 from kvfold.step.ring import Ring
 
@@ -72,7 +72,7 @@ class StagingPool:
         self._ring = Ring(capacity_bytes, ALIGNMENT)
         self._lock = threading.Lock()
         self._uploads = self._copies = self._bytes = 0
-        with self._on_device():
+        with on_device(self.device):
             self._memory = _allocate(capacity_bytes, self.device.type == "cuda", fallback)
         # The finalizer holds the memory too, so it outlives the copies under way.
         self._finalizer = weakref.finalize(self, _abandon, *self._parts())
@@ -104,7 +104,7 @@ class StagingPool:
 
     def stage(self, arrays: Mapping[str, Array]) -> Staged:
         """As `upload`, for tensors that are to be refreshed: `Staged.refresh` is quick."""
-        with self._lock, self._on_device():
+        with self._lock, on_device(self.device):
             self._check_usable()
             packing = self._pack(arrays)
             block = torch.empty(aligned(packing.size), dtype=torch.uint8, device=self.device)
@@ -113,7 +113,7 @@ class StagingPool:
 
     def _refresh(self, packing: Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
         packing.check(arrays)
-        with self._lock, self._on_device():
+        with self._lock, on_device(self.device):
             self._check_usable()
             self._send(packing, arrays, _whole(block, packing.size))
 
@@ -135,7 +135,7 @@ class StagingPool:
             ValueError: as `upload`; or an array and its destination do not match.
             RuntimeError: as `upload`.
         """
-        with self._lock, self._on_device():
+        with self._lock, on_device(self.device):
             self._check_usable()
             for name in arrays:
                 if name not in destinations:
@@ -168,10 +168,6 @@ class StagingPool:
 
     def _parts(self) -> tuple[torch.device, Ring, torch.Tensor]:
         return self.device, self._ring, self._memory
-
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        is_cuda = self.device.type == "cuda"
-        return torch.cuda.device(self.device) if is_cuda else contextlib.nullcontext()
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:
