@@ -1,1 +1,1 @@
-"""kvfold.bench: cases, the demo, the microbenchmark runner and the command line."""
+"""kvfold.bench: the command line `kvfold`, the benchmark runner, the tuner and the demo."""

@@ -1,10 +1,30 @@
-"""`python -m kvfold.bench`: the `kvfold bench` command; any other command may be named instead."""
+"""`python -m kvfold.bench` is the command line `kvfold`."""
 
+import signal
 import sys
 
-from kvfold.bench.cli import main
 
-if __name__ == "__main__":  # `kvfold build` starts processes that import this file again
-    arguments = sys.argv[1:]
-    named = bool(arguments) and not arguments[0].startswith("-")
-    main(arguments if named else ["bench", *arguments])
+def main() -> None:
+    """Runs the command line; without the packages that it needs, says what to install."""
+    # An import that Ctrl-C interrupts can fail in any way. Until the imports are done, Ctrl-C ends
+    # the process at once.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from kvfold.bench.cli import main as run
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in ("typer", "rich"):
+            raise
+        sys.exit(f"kvfold: the command line needs {package}: pip install 'kvfold[cli]'")
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, _exit)
+    run()
+
+
+def _exit(number: int, frame: object) -> None:
+    """Ends the process as sys.exit does, so that it ends its workers."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

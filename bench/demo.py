@@ -1,8 +1,8 @@
-"""A decode simulation: what an inference engine does with the op, every emitted row checked.
+"""A decode simulation: how an inference engine uses the op, with every emitted row checked.
 
-Requests come and go. Each step drafts tokens, stores and compresses them, and keeps a random
-number of the drafts, so lengths roll back. The simulator remembers each request's whole history,
-and a closed window's row must be what float64 makes of that history.
+Requests come and go. Each step drafts tokens, stores and compresses them, and accepts a random
+number of the drafts. The others are rolled back. The simulator keeps the history of every request
+and computes each compressed row from it in float64.
 """
 
 import contextlib
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold import dispatch
-from kvfold.bench.verify import outside
-from kvfold.ops.paged_kv_compress.op import OP
+from kvfold.bench.measure.verify import outside
+from kvfold.ops.paged_kv_compress.spec import Problem
+from kvfold.ops.paged_kv_compress.workload import WORKLOAD
+from kvfold.runtime import dispatch
 from kvfold.step import SegmentPrefetcher, StepBatch
 
 COMPRESS_RATIOS = (4, 128)
@@ -33,9 +34,9 @@ class Summary:
 
     Attributes:
         rows: output rows emitted and checked.
-        again: those of them whose window had closed before, on tokens that were then rejected.
-        wrong: rows that are out of tolerance, missing, or written without being due.
-        first_wrong: where the first of them is, None if there is none.
+        recomputed: those whose window had closed before, on tokens that were then rejected.
+        wrong: rows that are out of tolerance, missing, or written though no window closed.
+        first_wrong: where the first of them is; None if there is none.
         largest_error: largest |row - float64|.
         replayed: steps that were one launch of a CUDA graph.
     """
@@ -47,7 +48,7 @@ class Summary:
     requests: int = 0
     tokens: int = 0
     rows: int = 0
-    again: int = 0
+    recomputed: int = 0
     wrong: int = 0
     first_wrong: str | None = None
     largest_error: float = 0.0
@@ -57,7 +58,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Step:
-    """A step's requests, each int64 [batch]: slot (-1: padding), tokens before it, tokens new."""
+    """The requests of a step, int64 [batch] each.
+
+    Attributes:
+        slot: of each request, -1 for padding.
+        start: tokens before the step.
+        new: tokens drafted in the step.
+    """
 
     slot: np.ndarray
     start: np.ndarray
@@ -65,6 +72,7 @@ class Step:
 
     @property
     def end(self) -> np.ndarray:
+        """Tokens after the step."""
         return self.start + self.new
 
 
@@ -124,7 +132,7 @@ def run(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch from splitting tensors that are too small for it: on a CPU, ten times faster."""
+    """Limits torch to one CPU thread. The tensors are small, and more threads are much slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -134,17 +142,16 @@ def _one_thread() -> Iterator[None]:
 
 
 class Requests:
-    """Who is in the batch and how far: requests of mixed length in a fixed number of slots."""
+    """Requests of mixed length in a fixed number of slots."""
 
     def __init__(self, slots: int, rng: np.random.Generator):
         self.rng = rng
-        self.length = np.zeros(slots, np.int64)  # tokens accepted so far
-        # The length at which a request is done; 0: no request.
-        self.target = np.zeros(slots, np.int64)
+        self.length = np.zeros(slots, np.int64)  # accepted tokens
+        self.target = np.zeros(slots, np.int64)  # length at which a request ends; 0: a free slot
         self.served = 0
 
     def arrive(self) -> list[int]:
-        """Starts requests in some of the free slots; returns those slots."""
+        """Starts requests in some of the free slots. Returns those slots."""
         free = np.flatnonzero(self.target == 0)
         slots = free[self.rng.random(len(free)) < 0.2]
         self.length[slots] = self.rng.integers(0, 400, len(slots))  # the prompt
@@ -153,7 +160,7 @@ class Requests:
         return slots.tolist()
 
     def draft(self) -> Step:
-        """This step's batch: most requests draft NEXT_N tokens, some fewer, padding none."""
+        """The batch of a step: most requests draft NEXT_N tokens, some fewer, padding none."""
         slots = self.rng.permutation(np.flatnonzero(self.target))
         new = np.where(self.rng.random(len(slots)) < 0.8, NEXT_N, self.rng.integers(1, NEXT_N + 1))
         padding = -len(slots) % BATCH_STEP or (BATCH_STEP if len(slots) == 0 else 0)
@@ -164,7 +171,7 @@ class Requests:
         )
 
     def accept(self, step: Step) -> list[int]:
-        """Keeps 1 to all of each request's new tokens; returns the slots of those now done."""
+        """Accepts 1 to all of each request's drafts. Returns the slots of requests that end."""
         active = step.slot >= 0
         slots = step.slot[active]
         self.length[slots] += self.rng.integers(1, step.new[active] + 1)
@@ -174,15 +181,15 @@ class Requests:
 
 
 class Pages:
-    """A block table over physical pages that all requests share, handed out in random order."""
+    """A block table over physical pages that all requests share, allocated in random order."""
 
     def __init__(self, slots: int, pages: int, rng: np.random.Generator):
         self.rng = rng
         self.free = list(range(pages))
         self.table = np.full((slots + 1, -(-MAX_LENGTH // PAGE_SIZE)), -1, np.int32)  # -1: padding
 
-    def hold(self, slot: int, first: int, last: int) -> None:
-        """Makes a request hold exactly the logical pages first to last; keeps those it has."""
+    def reserve(self, slot: int, first: int, last: int) -> None:
+        """Gives a request the logical pages first to last, and no others; keeps those it has."""
         row = self.table[slot]
         needed = np.zeros(len(row), bool)
         needed[first : last + 1] = True
@@ -194,7 +201,7 @@ class Pages:
 
 
 class Layer:
-    """One compressor: its paged state, and the history that says what must come out of it."""
+    """One compressor: its paged state, and the history from which its rows are checked."""
 
     def __init__(
         self, head_dim: int, compress_ratio: int, slots: int, device: torch.device, seed: int
@@ -205,7 +212,7 @@ class Layer:
         self.generator = torch.Generator(device).manual_seed(seed + compress_ratio)
         self.device = device
         self.ape = self._random(compress_ratio, state_dim)
-        # Enough for the windows a step may read and the tokens it may store.
+        # Enough for the windows that a step may read and the tokens that it may store.
         rows = (2 if self.overlap else 1) * compress_ratio + NEXT_N
         pages = slots * (-(-rows // PAGE_SIZE) + 1)
         rng = np.random.default_rng(seed + compress_ratio)
@@ -217,13 +224,13 @@ class Layer:
             torch.zeros(slots, MAX_LENGTH + NEXT_N, state_dim, device=device) for _ in range(2)
         )
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by batch size
-        self.closed = np.zeros(slots, np.int64)  # windows that have closed, rejected or not
+        self.closed = np.zeros(slots, np.int64)  # windows that closed, on rejected tokens too
 
     def admit(self, slot: int, length: int) -> None:
-        """Takes in a request after its prompt: fills the state that decoding will read."""
+        """Starts a request after its prompt: fills the state that decoding will read."""
         self.history_kv[slot, :length] = self._random(length, self.state_dim)
         self.history_score[slot, :length] = self._random(length, self.state_dim)
-        self._hold(slot, length, length)
+        self._reserve(slot, length, length)
         first = self._first_needed(length)
         position = np.arange(first, length)
         if length > first:
@@ -236,20 +243,20 @@ class Layer:
         self.closed[slot] = length // self.compress_ratio
 
     def release(self, slot: int) -> None:
-        """Gives a request's pages back."""
-        self.pages_kv.hold(slot, 0, -1)
-        self.pages_score.hold(slot, 0, -1)
+        """Frees a request's pages."""
+        self.pages_kv.reserve(slot, 0, -1)
+        self.pages_score.reserve(slot, 0, -1)
 
     def prepare(self, step: Step) -> dict[str, np.ndarray]:
-        """Draws a step's new tokens, and gives the metadata that the op needs on the device."""
+        """Draws a step's new tokens. Returns the metadata that the op needs on the device."""
         for slot, start, end in zip(step.slot, step.start, step.end, strict=True):
             if slot >= 0:
-                self._hold(slot, start, end)
+                self._reserve(slot, start, end)
         kv_score, output = self._buffers(len(step.slot))
         new = self._random(int(step.new.sum()), 2 * self.state_dim).bfloat16()
         kv_score[: len(new)] = new
         output.fill_(torch.nan)
-        self._remember(step, new)
+        self._extend_history(step, new)
         arrays = {
             "block_table_kv": self.pages_kv.table[step.slot],
             "block_table_score": self.pages_score.table[step.slot],
@@ -260,20 +267,28 @@ class Layer:
         return {self._name(name): array.astype(np.int32) for name, array in arrays.items()}
 
     def compress(self, inputs: dict[str, Tensor], ape: Tensor, size: int) -> None:
-        """Calls the op on a batch of `size` requests, of which `prepare` has been told."""
+        """Calls the op on the batch of `size` requests that `prepare` prepared."""
         kv_score, output = self._buffers(size)
-        tables = [inputs[self._name(f"block_table_{pool}")] for pool in ("kv", "score")]
-        lengths = [inputs[self._name(n)] for n in ("kv_lens", "cu_seq_lens", "cu_outputs")]
         kvfold.paged_kv_compress(
-            kv_score, ape, self.paged_kv, self.paged_score, *tables, output, *lengths,
-            self.compress_ratio, NEXT_N,
-        )  # fmt: skip
+            kv_score,
+            ape,
+            self.paged_kv,
+            self.paged_score,
+            inputs[self._name("block_table_kv")],
+            inputs[self._name("block_table_score")],
+            output,
+            inputs[self._name("kv_lens")],
+            inputs[self._name("cu_seq_lens")],
+            inputs[self._name("cu_outputs")],
+            self.compress_ratio,
+            NEXT_N,
+        )
 
     def _name(self, name: str) -> str:
         return f"{name}_{self.compress_ratio}"
 
     def _buffers(self, size: int) -> tuple[Tensor, Tensor]:
-        """kv_score and output of a batch size; they stay, for a CUDA graph knows where they are."""
+        """kv_score and output of a batch size. A CUDA graph holds their addresses, so they stay."""
         if size not in self.buffers:
             rows = size * -(-NEXT_N // self.compress_ratio)
             self.buffers[size] = (
@@ -288,7 +303,7 @@ class Layer:
         return np.concatenate(([0], (-(-step.new // self.compress_ratio)).cumsum()))
 
     def check(self, step: Step, summary: Summary) -> None:
-        """Compares the output with the history; rows that are not due must still be NaN."""
+        """Compares the output with the history. Rows that no window fills must still be NaN."""
         first_output, (_, output) = self._first_output(step), self._buffers(len(step.slot))
         summary.variants.add(self._variant(len(step.slot)))
         first = step.start // self.compress_ratio
@@ -298,12 +313,12 @@ class Layer:
         slot, window = step.slot[request], first[request] + nth
         row = first_output[request] + nth
         want = torch.full(output.shape, torch.nan, dtype=torch.float64, device=self.device)
-        want[self._index(row)] = self._closed_form(slot, window)
+        want[self._index(row)] = self._expected(slot, window)
 
         summary.rows += len(row)
-        summary.again += int((window < self.closed[slot]).sum())
+        summary.recomputed += int((window < self.closed[slot]).sum())
         np.maximum.at(self.closed, slot, window + 1)
-        wrong, error = outside(output, want)
+        wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
         if not len(output):
             return
         summary.largest_error = max(summary.largest_error, float(error.nan_to_num(0).max()))
@@ -316,49 +331,56 @@ class Layer:
                 f" {len(step.slot)}, with {step.new[owner]} new tokens up to {step.end[owner]}"
             )
 
-    def _closed_form(self, slot: np.ndarray, window: np.ndarray) -> Tensor:
-        """What windows of the history compress to: float64 [windows, head_dim]."""
+    def _expected(self, slot: np.ndarray, window: np.ndarray) -> Tensor:
+        """The compressed rows of windows of the history: float64 [windows, head_dim]."""
         position = window[:, None] * self.compress_ratio + np.arange(self.compress_ratio)
-        kv, score = self._past(slot, position, slice(self.state_dim - self.head_dim, None))
+        kv, score = self._rows(slot, position, slice(self.state_dim - self.head_dim, None))
         if self.overlap:
             before = position - self.compress_ratio
-            kv_before, score_before = self._past(slot, before, slice(self.head_dim))
+            kv_before, score_before = self._rows(slot, before, slice(self.head_dim))
             score_before[self._index(before) < 0] = -torch.inf
             kv, score = torch.cat((kv_before, kv), 1), torch.cat((score_before, score), 1)
         return (kv * score.softmax(1)).sum(1)
 
-    def _past(
+    def _rows(
         self, slot: np.ndarray, position: np.ndarray, columns: slice
     ) -> tuple[Tensor, Tensor]:
         """KV and score of the history, float64 [windows, rows, columns]."""
-        place = self._index(slot[:, None]), self._index(position)
-        kv, score = (history[place] for history in (self.history_kv, self.history_score))
+        index = self._index(slot[:, None]), self._index(position)
+        kv, score = (history[index] for history in (self.history_kv, self.history_score))
         return kv[..., columns].double(), score[..., columns].double()
 
-    def _remember(self, step: Step, kv_score: Tensor) -> None:
-        """Puts the new tokens in the history, over what was rejected."""
+    def _extend_history(self, step: Step, kv_score: Tensor) -> None:
+        """Writes the new tokens into the history, over rejected ones."""
         slot = np.repeat(step.slot, step.new)
         nth = np.arange(len(slot)) - np.repeat(step.new.cumsum() - step.new, step.new)
         position = np.repeat(step.start, step.new) + nth
         kv, score = kv_score.float().split(self.state_dim, dim=1)
-        place = self._index(slot), self._index(position)
-        self.history_kv[place] = kv
-        self.history_score[place] = score + self.ape[self._index(position % self.compress_ratio)]
+        index = self._index(slot), self._index(position)
+        self.history_kv[index] = kv
+        self.history_score[index] = score + self.ape[self._index(position % self.compress_ratio)]
 
     def _first_needed(self, length: int) -> int:
         """The first position whose state a window that is still open reads."""
         return max(0, (length // self.compress_ratio - int(self.overlap)) * self.compress_ratio)
 
-    def _hold(self, slot: int, start: int, end: int) -> None:
+    def _reserve(self, slot: int, start: int, end: int) -> None:
         first, last = self._first_needed(start) // PAGE_SIZE, (end - 1) // PAGE_SIZE
-        self.pages_kv.hold(slot, first, last)
-        self.pages_score.hold(slot, first, last)
+        self.pages_kv.reserve(slot, first, last)
+        self.pages_score.reserve(slot, first, last)
 
     def _variant(self, batch: int) -> str:
         if dispatch.backend_for(self.device.type) == "reference":
             return "none: the torch reference"
-        key = (self.head_dim, self.compress_ratio, self.overlap, "bf16", "fp32", NEXT_N)
-        return dispatch.select(OP, key, batch, self.device).symbol
+        problem = Problem(
+            head_dim=self.head_dim,
+            compress_ratio=self.compress_ratio,
+            overlap=self.overlap,
+            kv_dtype="bf16",
+            state_dtype="fp32",
+            next_n=NEXT_N,
+        )
+        return dispatch.select(problem, batch, self.device).symbol
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)

@@ -1,9 +1,10 @@
-"""A results file as a picture: time over batch size and the limit, per problem and scenario."""
+"""Results files as pictures."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfold.bench.report import Report, Row
+from kvfold.bench.records import KernelReport, KernelRow, StepReport
+from kvfold.codegen import op_spec
 
 
 def require(file: Path) -> None:
@@ -15,14 +16,12 @@ def require(file: Path) -> None:
     formats = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:] not in formats:
         raise ValueError(f"plot {file} has no known suffix; accepted: {', '.join(formats)}")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"plot {file}: {file.parent} is no directory")
 
 
-def plot(report: Report, file: Path) -> None:
-    """Draws a report into a file; its suffix says the format: .png, .svg, .pdf.
+def plot_kernels(report: KernelReport, file: Path) -> None:
+    """Draws times over sizes, and the limit, into a file whose suffix says the format: .png, .svg.
 
-    Each problem, page size, pool layout and L2 state is a line of panels, one per scenario.
+    Each problem and set of options is a line of panels, one panel per scenario.
 
     Raises:
         ValueError: the report has no rows, or the plot cannot be drawn into `file`.
@@ -32,14 +31,14 @@ def plot(report: Report, file: Path) -> None:
 
     if not report.rows:
         raise ValueError("the report has no rows to plot")
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[KernelRow]] = {}
     for row in report.rows:
-        problem = ", ".join(f"{name} {value}" for name, value in row.problem.items())
-        place = f"page_size {row.page_size}, {row.layout} pool, {row.l2} L2"
-        groups.setdefault(f"{problem}; {place}", []).append(row)
+        fields = row.problem | row.options
+        title = ", ".join(f"{name} {str(value).lower()}" for name, value in fields.items())
+        groups.setdefault(f"{row.op}: {title}; {row.l2} L2", []).append(row)
     columns = max(2, *(len({row.scenario for row in rows}) for rows in groups.values()))
     figure = Figure(figsize=(4 * columns, 4.8 * len(groups)), layout="constrained")
-    figure.suptitle(f"{report.rows[0].op} on {report.device}, {report.date[:10]}")
+    figure.suptitle(f"{report.device}, {report.date[:10]}")
     parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     for part, (title, rows) in zip(parts, groups.items(), strict=True):
         part.suptitle(title, fontsize=10)
@@ -47,7 +46,7 @@ def plot(report: Report, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _draw_problem(part, rows: list[Row], columns: int) -> None:
+def _draw_problem(part, rows: list[KernelRow], columns: int) -> None:
     from matplotlib.ticker import LogLocator
 
     scenarios = list(dict.fromkeys(row.scenario for row in rows))
@@ -58,45 +57,83 @@ def _draw_problem(part, rows: list[Row], columns: int) -> None:
         _draw(panel, [row for row in rows if row.scenario == scenario])
         panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         panel.set_title(scenario)
-        panel.set_xlabel("batch")
+        panel.set_xlabel(op_spec(rows[0].op).axis)
     panels[0].set_ylabel("microseconds per call")
     part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def _draw(panel, rows: list[Row]) -> None:
-    lines: dict[str, list[Row]] = {}
+def _draw(panel, rows: list[KernelRow]) -> None:
+    lines: dict[str, list[KernelRow]] = {}
     label = _labels(rows)
     for row in rows:
         lines.setdefault(label(row), []).append(row)
     for name, line in lines.items():
-        line.sort(key=lambda row: row.batch)
-        batches = [row.batch for row in line]
+        line.sort(key=lambda row: row.size)
+        sizes = [row.size for row in line]
         median = [row.median_us for row in line]
         spread = [
             [row.median_us - row.min_us for row in line],
             [row.max_us - row.median_us for row in line],
         ]
-        style = "o-" if line[0].dispatched else "s--"
-        panel.errorbar(batches, median, yerr=spread, fmt=style, markersize=4, capsize=2, label=name)
-    limit = sorted({row.batch: row.limit_us for row in rows}.items())
+        style = "o-" if line[0].chosen_by == "table" else "s--"
+        panel.errorbar(sizes, median, yerr=spread, fmt=style, markersize=4, capsize=2, label=name)
+    limit = sorted({row.size: row.limit_us for row in rows}.items())
     panel.plot(*zip(*limit, strict=True), color="black", linewidth=1, label="limit")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set_xticks([batch for batch, _ in limit], [str(batch) for batch, _ in limit])
+    panel.set_xticks([size for size, _ in limit], [str(size) for size, _ in limit])
     panel.minorticks_off()
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(True, which="both", alpha=0.3)
 
 
-def _labels(rows: list[Row]) -> Callable[[Row], str]:
+def _labels(rows: list[KernelRow]) -> Callable[[KernelRow], str]:
     """Names a row's line: what chose it, and the tunings it has over the batch axis."""
 
-    def chosen(row: Row) -> str:
-        by = row.chosen_by.replace("table", "dispatched")
-        return f"{by}, triton" if row.backend == "triton" else by
+    def chosen(row: KernelRow) -> str:
+        words = [row.chosen_by if row.chosen_by != "yardstick" else row.variant]
+        words += [row.backend] if row.backend != "cuda" else []
+        words += [f"prefetch {row.prefetch}"] if row.prefetch != "none" else []
+        return ", ".join(words)
 
     tunings: dict[str, list[str]] = {}
     for row in rows:
         tunings.setdefault(chosen(row), []).append(row.tuning)
     return lambda row: f"{chosen(row)} ({', '.join(dict.fromkeys(tunings[chosen(row)]))})"
+
+
+def plot_steps(report: StepReport, file: Path) -> None:
+    """Draws what a decode step costs in each mode: host time, step time, its kernels' time.
+
+    Raises:
+        ValueError: it cannot be drawn into `file`.
+    """
+    require(file)
+    from matplotlib.figure import Figure
+
+    batches = sorted({row.batch for row in report.rows})
+    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        rows = [row for row in report.rows if row.batch == batch]
+        for offset, field, label in (
+            (-0.27, "host_us", "host time"),
+            (0.0, "median_us", "step time"),
+            (0.27, "device_us", "kernels' time"),
+        ):
+            places = [number + offset for number in range(len(rows))]
+            values = [getattr(row, field) for row in rows]
+            bars = panel.bar(places, values, width=0.25, label=label)
+            panel.bar_label(bars, fmt="{:.0f}", fontsize=7)
+        names = [row.mode.replace("_", "\n") for row in rows]
+        panel.set_xticks(range(len(rows)), names, fontsize=8)
+        panel.set_yscale("log")
+        panel.set_title(f"batch {batch}")
+    panels[0].set_ylabel("microseconds per step")
+    panels[-1].legend(fontsize=8)
+    problem = ", ".join(f"{name} {value}" for name, value in report.rows[0].problem.items())
+    figure.suptitle(
+        f"One decode step on {report.device}, {report.date[:10]}\n{problem}", fontsize=10
+    )
+    figure.savefig(file, dpi=120)

@@ -1,16 +1,47 @@
-"""kvfold.codegen: the table and the sources generated from it. Knows no torch and no GPU."""
+"""kvfold.codegen: the table, and the sources that are generated from it. Loads no torch."""
 
+from .arguments import (
+    Arguments,
+    ParamStruct,
+    ScalarArgument,
+    TensorArgument,
+    scalar,
+    schema,
+    tensor,
+)
+from .errors import TableError
+from .fields import FieldSet, choice, dtype, flag, integer
 from .render import Rendered, instantiate, render
+from .spec import Launch, OpSpec, Problem, Tuning, op_spec, op_specs
 from .table import Table, load_table
-from .variant import Bucket, TableError, Variant
+from .variant import Bucket, Group, Variant
 
 __all__ = [
+    "Arguments",
     "Bucket",
+    "FieldSet",
+    "Group",
+    "Launch",
+    "OpSpec",
+    "ParamStruct",
+    "Problem",
     "Rendered",
+    "ScalarArgument",
     "Table",
     "TableError",
+    "TensorArgument",
+    "Tuning",
     "Variant",
+    "choice",
+    "dtype",
+    "flag",
     "instantiate",
+    "integer",
     "load_table",
+    "op_spec",
+    "op_specs",
     "render",
+    "scalar",
+    "schema",
+    "tensor",
 ]

@@ -1,51 +1,89 @@
-"""The table as source: the CUDA instantiations and the dispatcher, from one list of buckets."""
+"""CUDA source from the table: config structs, parameter structs and kernel instantiations."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import jinja2
 
+from .fields import Field, Value
+from .spec import OpSpec, op_spec
 from .table import Table
 from .variant import Variant
+
+_C_TYPES = {"bf16": "bf16", "fp32": "float"}
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a table generates; both texts bear its fingerprint.
+    """What a table generates.
 
     Attributes:
         instantiations: CUDA source, one kernel per cuda variant.
-        dispatch: Python source; defines FINGERPRINT, BUCKETS and
-            select(op, backend, arch, key, batch) -> symbol or None.
+        headers: include name -> text of the generated headers that it includes.
         fingerprint: the table's.
     """
 
     instantiations: str
-    dispatch: str
+    headers: dict[str, str]
     fingerprint: str
 
 
 def render(table: Table) -> Rendered:
-    """Generates both sources of a table in one pass over its buckets."""
-    cuda, groups = {}, {}
-    for group, buckets in table.groups.items():
-        groups[group] = [(bucket.max_batch, bucket.variant.symbol) for bucket in buckets]
-        cuda.update((b.variant, None) for b in buckets if b.variant.backend == "cuda")
+    """Generates the source of every cuda variant of a table."""
+    variants = [variant for variant in table.variants if variant.backend == "cuda"]
+    ops = dict.fromkeys(variant.op for variant in variants)
     return Rendered(
-        instantiations=_template("instantiations.cu.j2").render(
-            variants=cuda, fingerprint=table.fingerprint
-        ),
-        dispatch=_template("dispatch.py.j2").render(groups=groups, fingerprint=table.fingerprint),
+        instantiations=_instantiations(variants, table.fingerprint),
+        headers={params_header(op): params_source(op_spec(op)) for op in ops},
         fingerprint=table.fingerprint,
     )
 
 
 def instantiate(variant: Variant) -> str:
-    """CUDA source of one cuda variant, in a table or not; the same whatever else a table holds."""
+    """CUDA source of one cuda variant; the same whatever the table holds besides it.
+
+    Raises:
+        ValueError: the variant is of another backend.
+    """
     if variant.backend != "cuda":
         raise ValueError(f"variant {variant.symbol} has backend {variant.backend}; accepted: cuda")
-    return _template("instantiations.cu.j2").render(variants=[variant], fingerprint=None)
+    return _instantiations([variant], None)
+
+
+def params_header(op: str) -> str:
+    """Include name of the header that declares an op's parameter struct."""
+    return f"ops/{op}/params.cuh"
+
+
+def params_source(spec: OpSpec) -> str:
+    """That header's text."""
+    return _template("params.cuh.j2").render(spec=spec, struct=spec.param_struct)
+
+
+def _instantiations(variants: Iterable[Variant], fingerprint: str | None) -> str:
+    return _template("instantiations.cu.j2").render(
+        variants=variants, fingerprint=fingerprint, members=config_members
+    )
+
+
+def config_members(variant: Variant) -> list[str]:
+    """The members of a variant's config struct, as C++ declarations."""
+    members = []
+    for fields in (variant.problem, variant.tuning):
+        members += [_member(field, getattr(fields, field.name)) for field in fields.fields()]
+    members.append(f"static constexpr int threads = {variant.launch.threads};")
+    members.append(f"static constexpr int shared_bytes = {variant.launch.shared_bytes};")
+    for name, value in variant.launch.constants.items():
+        members.append(f"static constexpr {type(value).__name__} {name} = {str(value).lower()};")
+    return members
+
+
+def _member(field: Field, value: Value) -> str:
+    if field.kind == "dtype":
+        return f"using {field.name} = {_C_TYPES[str(value)]};"
+    return f"static constexpr {field.kind} {field.name} = {str(value).lower()};"
 
 
 @cache
@@ -57,5 +95,4 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["ctype"] = {"bf16": "bf16", "fp32": "float"}.__getitem__
     return environment.get_template(name)

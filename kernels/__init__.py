@@ -1,8 +1,40 @@
-"""kvfold: GPU kernels for the KV compressor of models with compressed attention."""
+"""kvfold: GPU kernels for the KV compressor of models with compressed attention.
 
-from kvfold.ops.paged_kv_compress.check import check
-from kvfold.ops.paged_kv_compress.op import paged_kv_compress
+Attributes are loaded at first use, so that `import kvfold.codegen` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvfold.ops.paged_kv_compress.check import check
+    from kvfold.ops.paged_kv_compress.op import paged_kv_compress
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "check", "paged_kv_compress"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `check`, an op's function, or a submodule."""
+    if name == "check":
+        return importlib.import_module("kvfold.ops.paged_kv_compress.check").check
+    from kvfold.codegen import op_specs
+
+    if name in op_specs():
+        value = _function(name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _function(op: str) -> Any:
+    """The function of an op's op.py; without such a file, one made from the declaration."""
+    if importlib.util.find_spec(f"kvfold.ops.{op}.op") is not None:
+        return getattr(importlib.import_module(f"kvfold.ops.{op}.op"), op)
+    return importlib.import_module("kvfold.runtime.torch_op").torch_op(op)

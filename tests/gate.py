@@ -1,4 +1,4 @@
-"""Work on a GPU that waits for the host, so that no test depends on how quick either is."""
+"""GPU work that waits for the host, so that no test depends on how fast either of them is."""
 
 import contextlib
 import ctypes
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
-GIVE_UP = 60  # seconds
+TIMEOUT = 60  # seconds after which the gate opens by itself
 
 
 @contextlib.contextmanager
 def closed() -> Iterator[Callable[[], None]]:
-    """What is queued on the current stream in here starts when the context ends.
+    """Work that is queued on the current stream within the context starts when the context ends.
 
-    Gives what opens the gate before. It opens by itself for a host that waits behind it, too late
-    for a test that has it so.
+    Yields a function that opens the gate earlier. If the host blocks on the stream within the
+    context, the gate opens after TIMEOUT and the test fails by its own assertions.
     """
     stream = torch.cuda.current_stream()
     flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
@@ -28,14 +28,14 @@ def closed() -> Iterator[Callable[[], None]]:
     )
     assert status == 0, f"cuStreamWaitValue32: {status}"
 
-    def open_() -> None:
+    def open_gate() -> None:
         flag.fill_(1)
 
-    watchdog = threading.Timer(GIVE_UP, open_)
+    watchdog = threading.Timer(TIMEOUT, open_gate)
     watchdog.start()
     try:
-        yield open_
+        yield open_gate
     finally:
-        open_()
+        open_gate()
         watchdog.cancel()
         stream.synchronize()

@@ -1,4 +1,4 @@
-"""What surrounds the kernels in a decode step: uploads, one submission, segments in host memory."""
+"""The host side of a decode step: metadata uploads, CUDA graphs, and tensors in host memory."""
 
 from kvfold.step.batch import StepBatch
 from kvfold.step.prefetch import SegmentPrefetcher

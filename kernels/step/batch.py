@@ -1,4 +1,4 @@
-"""A step's dispatches as one submission: a CUDA graph per key, its inputs refreshed every step."""
+"""The kernels of a decode step as one launch: a CUDA graph per key, with new inputs every step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from kvfold.step import streams
 from kvfold.step.capture import capture
 from kvfold.step.device import on_device
 from kvfold.step.packing import Array
+from kvfold.step.sizes import positive_integer
 from kvfold.step.staging import Staged, StagingPool
 
 log = logging.getLogger("kvfold")
@@ -24,11 +26,12 @@ class BatchCounters:
     """How the steps were run.
 
     Attributes:
-        eager: bodies run kernel by kernel.
-        captured: graphs made.
-        replayed: graphs launched.
-        evicted: keys forgotten because there were more than `max_graphs`.
-        synchronisations: waits for the device, on reading or where a graph's memory was released.
+        eager: steps whose body was called and launched its kernels one by one.
+        captured: CUDA graphs that were captured.
+        replayed: CUDA graph launches.
+        evicted: keys that were dropped because there were more than `max_graphs`.
+        synchronisations: how often the host waited for the device: in `read`, in `synchronize`, or
+            before the memory of a graph was released.
     """
 
     eager: int = 0
@@ -39,29 +42,41 @@ class BatchCounters:
 
 
 @dataclass
-class _Entry:
-    """What is kept of a key: its inputs on the device, and once there is one, its graph."""
+class _KeyState:
+    """What a StepBatch keeps for one key.
+
+    Attributes:
+        inputs: the tensors of the key's uploads, in the order of the uploads in a step.
+        runs: how often `run` has completed.
+        uploads: uploads in the step of the second run; each later step must make as many. None
+            before the second run has completed.
+        graph: the graph; None before the second run, on a CPU, and if the body cannot be captured.
+        result: what the body returned when it was captured.
+    """
 
     inputs: list[Staged] = field(default_factory=list)
+    runs: int = 0
+    uploads: int | None = None
     graph: torch.cuda.CUDAGraph | None = None
     result: Any = None
-    seen: bool = False
-    capturable: bool = True
 
 
 class StepBatch:
-    """Runs steps that look alike as one submission.
+    """Runs the kernels of a step as one CUDA graph launch.
 
         with batch.step((batch_size, next_n)) as step:
             inputs = step.upload({"kv_lens": kv_lens, "block_table": block_table})
             output = step.run(layers, inputs)
         rows = batch.read(output)
 
-    The first step of a key runs `layers(inputs)` eagerly, the second captures it in a CUDA graph,
-    and from then on the graph is launched and `layers` is not called. A with statement cannot leave
-    its own body out, so what is to be left out is a function.
+    The first step of a key calls `layers(inputs)`. The second step captures the call into a CUDA
+    graph and launches the graph. Later steps launch the graph and do not call `layers`. From the
+    third step on, the uploads of a step must be those of the second in number, names, shapes and
+    dtypes.
 
-    One thread uses a StepBatch at a time. On a CPU every step runs eagerly.
+    On a CPU every step calls the body. The same uploads are refused with the same errors.
+
+    One thread uses a StepBatch at a time.
     """
 
     def __init__(
@@ -69,193 +84,229 @@ class StepBatch:
     ) -> None:
         """
         Args:
-            device: where steps run; "cuda" is torch's current device.
-            capacity_bytes: of the pinned ring through which uploads go, see StagingPool.
-            max_graphs: keys kept; past it the least recently used is forgotten.
+            device: where steps run: "cpu", a CUDA device, or the index of a CUDA device. A CUDA
+                device without an index is torch's current device.
+            capacity_bytes: size in bytes of the pinned ring for uploads, see StagingPool.
+            max_graphs: the largest number of keys that are kept. With one more, the key that was
+                used least recently is dropped.
 
         Raises:
-            ValueError: capacity_bytes or max_graphs is not a positive integer.
+            ValueError: capacity_bytes or max_graphs is not a positive integer, or the device is
+                neither a CUDA device nor the CPU.
+            RuntimeError: the ring's memory cannot be pinned.
         """
-        if not isinstance(max_graphs, int) or max_graphs < 1:
-            raise ValueError(f"max_graphs is {max_graphs!r}; accepted: a positive integer")
+        self.max_graphs = positive_integer("max_graphs", max_graphs)
         self.staging = StagingPool(device, capacity_bytes)
         self.device = self.staging.device
         self._on_gpu = self.device.type == "cuda"
-        self.max_graphs = max_graphs
         self.counters = BatchCounters()
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._open = False
-        self._stream: torch.cuda.Stream | None = None  # of the last step
-        # torch's own stream for captures is of whichever device captured first.
+        self._keys: OrderedDict[Hashable, _KeyState] = OrderedDict()
+        self._in_step = False
+        self._closed = False
+        self._last_stream: torch.cuda.Stream | None = None  # of the last step
+        self._pending = False  # whether the last stream may have work that nobody has waited for
+        # torch's default stream for captures is on the device that captured first.
         self._capture_stream = torch.cuda.Stream(self.device) if self._on_gpu else None
-        self._pending = False
 
     @contextlib.contextmanager
-    def step(self, key: Hashable) -> Iterator[Step]:
-        """One step. After an exception in it a key that has no graph yet starts afresh.
+    def step(self, key: Hashable) -> Iterator[ActiveStep]:
+        """One step.
+
+        If an exception leaves one of the first two steps of a key, the key is dropped, and its
+        next step is a first step again.
 
         Args:
-            key: tells apart steps that differ in shapes or in the work they do, such as batch
-                bucket, next_n and the set of layers.
+            key: identifies steps of the same shapes and the same work, for example (batch bucket,
+                next_n, set of layers).
 
         Raises:
-            RuntimeError: within another step.
+            RuntimeError: the StepBatch is closed, or another step of it has not ended.
         """
-        if self._open:
+        self._check_not_closed("step")
+        if self._in_step:
             raise RuntimeError(f"step {key!r} begins within another step of the same StepBatch")
         with on_device(self.device):
-            self._follow_stream()
-            step = Step(self, self._entry(key))
-            self._open = True
+            self._order_current_stream()
+            state = self._state_of(key)
+            step = ActiveStep(self, state)
+            self._in_step = True
             try:
                 yield step
             except BaseException:
-                if step.entry.graph is None:
-                    with contextlib.suppress(RuntimeError):  # the first error counts
-                        self.synchronize()  # what the key's inputs are read by
-                    self._entries.pop(key, None)
+                if state.uploads is None:
+                    with contextlib.suppress(RuntimeError):  # the exception of the step is raised
+                        self.synchronize()  # work of the step may use the key's inputs
+                    self._keys.pop(key, None)
                 raise
             finally:
-                self._open = step.is_open = False
+                self._in_step = step.is_open = False
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU copy of a tensor, of what the steps so far have made of it."""
+        """A copy of a tensor on the CPU, after all steps so far. Waits for the device."""
         if tensor.device != self.device or not self._on_gpu:
-            self.synchronize()  # it may be what a step's copies go to
+            self.synchronize()  # a step may copy to this tensor
             return tensor.detach().to("cpu", copy=True)
         with on_device(self.device):
-            self._follow_stream()
+            self._order_current_stream()
             self._count(synchronisations=1)
             copy = tensor.cpu()
         self._pending = False
         return copy
 
     def synchronize(self) -> None:
-        """Waits for the steps so far; returns at once when nothing is pending."""
+        """Waits for the steps so far. Returns at once if there is nothing to wait for."""
         if self._pending:
+            assert self._last_stream is not None
             self._count(synchronisations=1)
-            self._stream.synchronize()
+            self._last_stream.synchronize()
             self._pending = False
 
     def close(self) -> None:
-        """Forgets all graphs and closes the ring, after what is pending."""
+        """Waits for the steps so far, then releases all graphs and the ring.
+
+        No step can begin afterwards. An open step can neither upload nor run. `read` still works.
+        """
         self.synchronize()
-        self._entries.clear()
+        self._closed = True
+        self._keys.clear()
         self.staging.close()
 
     def __enter__(self) -> StepBatch:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # ---- what a step does ------------------------------------------------------------------------
+    # ---- within a step ---------------------------------------------------------------------------
 
-    def _run(self, entry: _Entry, body: Callable, args: tuple) -> Any:
+    def _upload(self, state: _KeyState, number: int, arrays: Mapping[str, Array]) -> dict:
+        """Upload `number` of a step, counted from 0."""
+        if state.uploads is not None and number >= state.uploads:
+            raise ValueError(
+                f"upload {number + 1} of a step; accepted: {state.uploads}, "
+                "as in the second step of the key"
+            )
         self._pending = self._on_gpu
-        obstacle = None
-        if self._on_gpu and entry.graph is None and entry.seen and entry.capturable:
-            obstacle = self._capture(entry, body, args)
-        if entry.graph is not None:
-            entry.graph.replay()
+        if number < len(state.inputs):
+            state.inputs[number].refresh(arrays)
+        else:
+            state.inputs.append(self.staging.stage(arrays))
+        return state.inputs[number].tensors
+
+    def _run(self, state: _KeyState, uploads: int, body: Callable, args: tuple) -> Any:
+        self._pending = self._on_gpu
+        capture_error = self._capture(state, body, args) if state.runs == 1 else None
+        if state.graph is not None:
+            state.graph.replay()
             self._count(replayed=1)
-            return entry.result
-        result = body(*args)  # if the obstacle was the body's own error, it is raised here
-        if obstacle is not None:
-            entry.capturable = False
-            log.warning("a step cannot be captured, so it runs eagerly: %s", obstacle)
-        entry.seen = True
-        self._count(eager=1)
+            result = state.result
+        else:
+            result = body(*args)  # raises again if the capture failed by an error of the body
+            self._count(eager=1)
+        if capture_error is not None:
+            log.warning("a step cannot be captured, so it runs eagerly: %s", capture_error)
+        state.runs += 1
+        if state.runs == 2:
+            state.uploads = uploads
         return result
 
-    def _capture(self, entry: _Entry, body: Callable, args: tuple) -> str | None:
-        """Makes the entry's graph; returns why there can be none, or None."""
+    def _capture(self, state: _KeyState, body: Callable, args: tuple) -> str | None:
+        """Captures the key's graph. Returns the first line of the error if that fails."""
+        if self._capture_stream is None:
+            return None
         try:
-            entry.graph, entry.result = capture(self._capture_stream, body, *args)
+            state.graph, state.result = capture(self._capture_stream, body, *args)
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         self._count(captured=1)
         return None
 
-    def _upload(self, entry: _Entry, number: int, arrays: Mapping[str, Array]) -> dict:
-        self._pending = self._on_gpu
-        if number < len(entry.inputs):
-            entry.inputs[number].refresh(arrays)
-        elif entry.graph is None:
-            entry.inputs.append(self.staging.stage(arrays))
-        else:
-            raise ValueError(f"upload {number + 1} in a step; accepted for its key: {number}")
-        return entry.inputs[number].tensors
+    def _check_not_closed(self, method: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{method}: the StepBatch is closed")
 
-    # ---- keys, streams ---------------------------------------------------------------------------
+    # ---- keys and streams ------------------------------------------------------------------------
 
-    def _entry(self, key: Hashable) -> _Entry:
-        entry = self._entries.setdefault(key, _Entry())
-        self._entries.move_to_end(key)
-        while len(self._entries) > self.max_graphs:
-            self.synchronize()  # the oldest graph's memory is about to be released
-            self._entries.popitem(last=False)
+    def _state_of(self, key: Hashable) -> _KeyState:
+        state = self._keys.setdefault(key, _KeyState())
+        self._keys.move_to_end(key)
+        while len(self._keys) > self.max_graphs:
+            self.synchronize()  # the memory of the oldest graph is about to be released
+            self._keys.popitem(last=False)
             self._count(evicted=1)
-        return entry
+        return state
 
-    def _follow_stream(self) -> None:
-        """Lets the current stream wait for the last step's, if that is another."""
-        if not self._on_gpu:
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+    def _order_current_stream(self) -> None:
+        """Makes the current stream wait for the last step's stream, if that is another one."""
+        stream = streams.current(self.device)
+        if self._last_stream is not None and self._last_stream != stream:
+            streams.wait_stream(stream, self._last_stream)
+        self._last_stream = stream
 
-    def _count(self, **more: int) -> None:
-        changed = {name: getattr(self.counters, name) + n for name, n in more.items()}
+    def _count(self, **increments: int) -> None:
+        changed = {name: getattr(self.counters, name) + n for name, n in increments.items()}
         self.counters = replace(self.counters, **changed)
 
 
-class Step:
-    """What the body of `StepBatch.step` has."""
+class ActiveStep:
+    """One step, within the `with` statement of `StepBatch.step`: uploads, then one `run`."""
 
-    def __init__(self, batch: StepBatch, entry: _Entry) -> None:
-        self.entry = entry
+    def __init__(self, batch: StepBatch, state: _KeyState) -> None:
         self.is_open = True
         self._batch = batch
+        self._state = state
         self._uploads = 0
-        self._ran = False
+        self._has_run = False
 
     def upload(self, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-        """Copies CPU tensors or numpy arrays to the device: every step of a key to the same place.
+        """Copies arrays to the device, in every step of a key to the same tensors.
 
-        Raises:
-            ValueError: names, shapes or dtypes differ from those of the key's first step; or as
-                StagingPool.upload.
-            RuntimeError: the step is over, or `run` has been called.
-        """
-        self._check("upload")
-        number, self._uploads = self._uploads, self._uploads + 1
-        return self._batch._upload(self.entry, number, arrays)
-
-    def run(self, body: Callable[..., Any], *args: Any) -> Any:
-        """Runs body(*args), or what its kernels were when it was captured, once per step.
-
-        args: constants, tensors that stay where they are, and what `upload` returned. What the body
-        does in Python happens only while it is not replayed.
+        Args:
+            arrays: name -> CPU tensor or numpy array.
 
         Returns:
-            What body returned; of a replayed step, what it returned on capture, its tensors
-            holding this step's values until the key's next step.
+            name -> contiguous tensor on the device, of the same shape and dtype.
 
         Raises:
-            ValueError: the key's graph takes more uploads than were made.
-            RuntimeError: the step is over, or `run` has been called. And whatever body raises.
+            ValueError: names, shapes or dtypes differ from those of the key's first step; the
+                second step of the key made fewer uploads; or as StagingPool.upload.
+            RuntimeError: the step has ended, `run` has been called, or the StepBatch is closed.
         """
-        self._check("run")
-        if self.entry.graph is not None and self._uploads < len(self.entry.inputs):
-            made, taken = self._uploads, len(self.entry.inputs)
-            raise ValueError(f"run: {made} uploads in a step; accepted for its key: {taken}")
-        self._ran = True
-        return self._batch._run(self.entry, body, args)
+        self._check_usable("upload")
+        arrays = dict(arrays)  # first: a mapping of the caller's may itself upload in this step
+        tensors = self._batch._upload(self._state, self._uploads, arrays)
+        self._uploads += 1
+        return tensors
 
-    def _check(self, what: str) -> None:
-        if not self.is_open or self._ran:
-            state = "has ended" if not self.is_open else "has run"
-            raise RuntimeError(f"{what}: the step {state}; begin another with StepBatch.step")
+    def run(self, body: Callable[..., Any], *args: Any) -> Any:
+        """Runs the kernels of body(*args): calls it, captures it, or launches its graph.
+
+        Args:
+            body: launches kernels on the current stream. Its Python code runs only in steps that do
+                not launch a graph.
+            args: constants, tensors that keep their addresses, and what `upload` returned.
+
+        Returns:
+            What body returned. After a graph launch that is the object which body returned when it
+            was captured; its tensors hold the values of this step until the next step of the key.
+
+        Raises:
+            ValueError: the second step of the key made more uploads.
+            RuntimeError: the step has ended, `run` has been called, or the StepBatch is closed.
+            BaseException: what body raises.
+        """
+        self._check_usable("run")
+        uploads, accepted = self._uploads, self._state.uploads
+        if accepted is not None and uploads < accepted:
+            raise ValueError(
+                f"run after {uploads} uploads; accepted: {accepted}, "
+                "as in the second step of the key"
+            )
+        self._has_run = True
+        return self._batch._run(self._state, uploads, body, args)
+
+    def _check_usable(self, method: str) -> None:
+        if not self.is_open or self._has_run:
+            reason = "has ended" if not self.is_open else "has run"
+            raise RuntimeError(f"{method}: the step {reason}; begin another with StepBatch.step")
+        self._batch._check_not_closed(method)

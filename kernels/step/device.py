@@ -1,4 +1,4 @@
-"""The device that a part of a step is on."""
+"""The device on which a step runs: a CUDA device or the CPU."""
 
 import contextlib
 
@@ -6,10 +6,14 @@ import torch
 
 
 def resolve_device(device: torch.device | str | int) -> torch.device:
-    """A CUDA device with its index, the current one if it has none, or the CPU.
+    """The CPU, or a CUDA device with its index.
+
+    Args:
+        device: "cpu", a CUDA device, or the index of a CUDA device. A CUDA device without an
+            index is torch's current device.
 
     Raises:
-        ValueError: another kind of device.
+        ValueError: the device is of another type.
     """
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "cpu":
@@ -22,5 +26,5 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes a CUDA device torch's current one; does nothing for the CPU."""
+    """A context in which a CUDA device is torch's current device. For the CPU it does nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

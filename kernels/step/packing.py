@@ -1,4 +1,4 @@
-"""Arrays one behind the other in a block of bytes, on the host and on the device."""
+"""The layout of several arrays in one block of bytes, the same on the host and on the device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kvfold.step.align import aligned
+from kvfold.step.sizes import aligned
 
 Array = torch.Tensor | np.ndarray
 
 
-class Place(NamedTuple):
-    """Where an array lies in a block: its first byte, and how many it has."""
+class PackedArray(NamedTuple):
+    """One array of a block. It is contiguous, and its bytes are `start` to `start + nbytes`."""
 
     name: str
     dtype: torch.dtype
@@ -29,82 +29,89 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """Where arrays lie in `size` bytes, of which `nbytes` are theirs."""
+    """The layout of a block.
 
-    places: tuple[Place, ...]
+    Attributes:
+        arrays: the arrays in order, each at a multiple of 256 bytes.
+        size: bytes of the block, the gaps between the arrays included.
+        nbytes: bytes of the arrays alone.
+    """
+
+    arrays: tuple[PackedArray, ...]
     size: int
     nbytes: int
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> Packing:
-        """That of CPU arrays. Raises ValueError for what is none, or has a dtype torch has not."""
-        return _packing(_look(arrays))
+        """The layout for these arrays.
+
+        Raises:
+            ValueError: an array is not a strided tensor on the CPU or a numpy array, or torch does
+                not have its dtype.
+        """
+        signature = tuple((name, _dtype(name, a), tuple(a.shape)) for name, a in arrays.items())
+        return _packing(signature)
 
     def check(self, arrays: Mapping[str, Array]) -> None:
-        """Raises ValueError unless they are as those that were packed."""
-        if arrays.keys() != {place.name for place in self.places}:
+        """Checks that arrays fit this layout; their order is free.
+
+        Raises:
+            ValueError: names, shapes or dtypes differ from those of the layout, or as `of`.
+        """
+        if arrays.keys() != {packed.name for packed in self.arrays}:
             raise ValueError(
-                f"arrays are {', '.join(map(repr, arrays)) or 'none'}; "
-                f"{accepted(place.name for place in self.places)}"
+                f"arrays are {_quoted(arrays)}; "
+                f"accepted: {_quoted(packed.name for packed in self.arrays)}"
             )
-        for place in self.places:
-            array = arrays[place.name]
-            if _dtype(place.name, array) != place.dtype or array.shape != place.shape:
+        for packed in self.arrays:
+            array = arrays[packed.name]
+            if _dtype(packed.name, array) != packed.dtype or array.shape != packed.shape:
                 raise ValueError(
-                    f"array {place.name!r} is of shape {tuple(array.shape)}, {array.dtype}; "
-                    f"accepted: {place.shape}, {place.dtype}, as at first"
+                    f"array {packed.name!r} is of shape {tuple(array.shape)}, {array.dtype}; "
+                    f"accepted: {packed.shape}, {packed.dtype}, as in the first upload"
                 )
 
     def write(self, arrays: Mapping[str, Array], block: torch.Tensor) -> None:
-        """Puts the arrays in uint8 [size] on the host."""
+        """Copies the arrays into `block`, a uint8 tensor [size] on the host."""
         raw = block.numpy()
-        for place in self.places:
-            end = place.start + place.nbytes
-            array = _as_numpy(arrays[place.name])
-            if array is not None:  # several times as quick as through torch
-                raw[place.start : end].view(array.dtype).reshape(place.shape)[...] = array
+        for packed in self.arrays:
+            array, end = arrays[packed.name], packed.start + packed.nbytes
+            values = _as_numpy(array)
+            if values is not None:  # several times as fast as a copy by torch
+                raw[packed.start : end].view(values.dtype).reshape(packed.shape)[...] = values
             else:
-                part = block[place.start : end].view(place.dtype).view(place.shape)
-                part.copy_(arrays[place.name].detach())
+                assert isinstance(array, torch.Tensor)
+                part = block[packed.start : end].view(packed.dtype).view(packed.shape)
+                part.copy_(array.detach())
 
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The arrays' places in uint8 [aligned(size)], with their shapes and dtypes."""
-        typed = {dtype: block.view(dtype) for dtype in {place.dtype for place in self.places}}
+        """Views of the arrays in `block`, a uint8 tensor [aligned(size)] on any device."""
+        typed = {dtype: block.view(dtype) for dtype in {packed.dtype for packed in self.arrays}}
         return {
-            place.name: typed[place.dtype].as_strided(
-                place.shape, place.strides, place.start // place.dtype.itemsize
+            packed.name: typed[packed.dtype].as_strided(
+                packed.shape, packed.strides, packed.start // packed.dtype.itemsize
             )
-            for place in self.places
+            for packed in self.arrays
         }
 
 
-def accepted(names: Iterable[str]) -> str:
-    """How an error ends that is about names."""
-    return f"accepted: {', '.join(map(repr, names)) or 'none'}"
-
-
-def _look(arrays: Mapping[str, Array]) -> tuple:
-    """(name, dtype, shape) of each."""
-    return tuple((name, _dtype(name, array), array.shape) for name, array in arrays.items())
-
-
 @functools.lru_cache(maxsize=256)
-def _packing(look: tuple) -> Packing:
-    places, size = [], 0
-    for name, dtype, shape in look:
+def _packing(signature: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Packing:
+    """The layout for arrays of these names, dtypes and shapes."""
+    packed, size = [], 0
+    for name, dtype, shape in signature:
         start, nbytes = aligned(size), math.prod(shape) * dtype.itemsize
-        places.append(Place(name, dtype, tuple(shape), _strides(shape), start, nbytes))
+        packed.append(PackedArray(name, dtype, shape, _contiguous_strides(shape), start, nbytes))
         size = start + nbytes
-    return Packing(tuple(places), size, sum(place.nbytes for place in places))
+    return Packing(tuple(packed), size, sum(array.nbytes for array in packed))
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor."""
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _as_numpy(array: Array) -> np.ndarray | None:
-    """The same values, not copied; None for what numpy does not have, such as bf16."""
+    """A numpy array that shares the memory; None if numpy does not have the dtype (bfloat16)."""
     if isinstance(array, np.ndarray):
         return array
     try:
@@ -114,13 +121,17 @@ def _as_numpy(array: Array) -> np.ndarray | None:
 
 
 def _dtype(name: str, array: Array) -> torch.dtype:
-    """The dtype that a CPU array has on the device; ValueError if it is none."""
+    """The torch dtype of an array.
+
+    Raises:
+        ValueError: the array cannot be uploaded.
+    """
     if isinstance(array, np.ndarray):
         try:
             return _torch_dtype(array.dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"array {name!r} is of dtype {array.dtype!r}; accepted: dtypes torch has"
+                f"array {name!r} is of dtype {array.dtype!r}; accepted: dtypes that torch has"
             ) from error
     if not isinstance(array, torch.Tensor):
         raise ValueError(
@@ -128,9 +139,15 @@ def _dtype(name: str, array: Array) -> torch.dtype:
         )
     if array.device.type != "cpu":
         raise ValueError(f"array {name!r} is on {str(array.device)!r}; accepted: 'cpu'")
+    if array.layout != torch.strided:
+        raise ValueError(f"array {name!r} is of layout {array.layout}; accepted: torch.strided")
     return array.dtype
 
 
 @functools.cache
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
     return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -1,6 +1,6 @@
-"""Which bytes of a ring buffer are free: slots taken and given back in the order they were taken.
+"""Allocation in a ring buffer: slots are taken and released in the same order.
 
-Bookkeeping alone: what the bytes are and who uses them is the caller's.
+The module does the bookkeeping only. The caller owns the memory and knows what uses a slot.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvfold.step.align import aligned
+from kvfold.step.sizes import aligned
 
 
 class Done(Protocol):
-    """Tells when a slot's user is through with it; a torch.cuda.Event is one."""
+    """Tells when a slot is no longer in use. torch.cuda.Event implements it."""
 
     def query(self) -> bool:
-        """Whether it is through."""
+        """Whether the slot is no longer in use."""
+        ...
 
     def synchronize(self) -> None:
-        """Returns once it is."""
+        """Blocks until the slot is no longer in use."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Ring:
     """Contiguous slots in `capacity` bytes, each at a multiple of `alignment` bytes.
 
     Attributes:
-        waits: how often the oldest slot had to be waited for.
-        high_water: the most bytes that were in slots at once.
+        waits: how often `reserve` had to wait for the oldest slot.
+        high_water: the largest number of bytes that were in slots at one time.
     """
 
     def __init__(self, capacity: int, alignment: int = 1) -> None:
@@ -46,50 +48,55 @@ class Ring:
         self._used = 0  # bytes
 
     def reserve(self, size: int) -> int:
-        """The offset of `size` free bytes, 1 to capacity; they are taken only by `commit`.
+        """The offset of `size` free bytes. The bytes stay free until `commit` is called.
 
-        Gives back the oldest slots that are done with, and waits for more while there is no room.
+        Releases the oldest slots that are done. While there is no room, waits for the oldest slot.
+
+        Raises:
+            ValueError: `size` is less than 1 or larger than the capacity.
         """
         if not 0 < size <= self.capacity:
             raise ValueError(f"size is {size}; accepted: 1 to {self.capacity}")
-        self._release()
-        while (offset := self._room(size)) is None:
+        self._release_done()
+        while (offset := self._free_offset(size)) is None:
             self.waits += 1
             self._slots[0].done.synchronize()
-            self._pop()
-            self._release()
+            self._release_oldest()
+            self._release_done()
         return offset
 
     def commit(self, offset: int, size: int, done: Done) -> None:
-        """Takes what the last `reserve` gave, until `done`."""
+        """Makes the bytes that the last `reserve` returned a slot that is in use until `done`."""
         self._slots.append(_Slot(offset, size, done))
         self._used += size
         self.high_water = max(self.high_water, self._used)
 
     def drain(self) -> None:
-        """Gives all slots back, waiting for those that are not done with."""
+        """Releases all slots, after waiting for those that are not done."""
         while self._slots:
             if not self._slots[0].done.query():
                 self._slots[0].done.synchronize()
-            self._pop()
+            self._release_oldest()
 
-    def _release(self) -> None:
+    def _release_done(self) -> None:
+        """Releases the oldest slots up to the first that is not done."""
         while self._slots and self._slots[0].done.query():
-            self._pop()
+            self._release_oldest()
 
-    def _pop(self) -> None:
+    def _release_oldest(self) -> None:
         self._used -= self._slots.popleft().size
 
-    def _room(self, size: int) -> int | None:
-        """Where `size` bytes are free behind the newest slot, or else at the start; None: nowhere.
+    def _free_offset(self, size: int) -> int | None:
+        """Where `size` bytes are free: behind the newest slot, or at the start of the ring.
 
-        What is left behind the newest slot, where the slot does not fit, is skipped.
+        Returns None if there is no room in either place. Bytes at the end of the ring that are too
+        few for the slot stay unused.
         """
         if not self._slots:
             return 0
         oldest, newest = self._slots[0].offset, self._slots[-1]
         head = aligned(newest.offset + newest.size, self.alignment)
-        if newest.offset < oldest:  # wrapped: free from head to oldest
+        if newest.offset < oldest:  # the slots wrap around: head to oldest is free
             return head if head + size <= oldest else None
         if head + size <= self.capacity:
             return head

@@ -1,14 +1,13 @@
-"""Uploads from the host to the device that the host need not wait for.
+"""Asynchronous uploads of host arrays to the device.
 
-A copy is asynchronous only from pinned memory, which must stay as it is until the copy has been
-made. Here it is a ring buffer of fixed size, whose slots are taken again once an event behind their
-copy has passed.
+A copy to the device is asynchronous only if its source is pinned memory, and the source must not
+change until the copy has been made. The staging pool copies arrays into a pinned ring buffer first.
+A CUDA event behind each copy tells when its part of the ring is free again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import weakref
 from collections.abc import Mapping
@@ -16,14 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvfold.step.align import ALIGNMENT, aligned
 from kvfold.step.device import on_device, resolve_device
-from kvfold.step.packing import Array, Packing, Place, accepted
-from kvfold.step.ring import Ring
+from kvfold.step.packing import Array, Packing
+from kvfold.step.ring import Done, Ring
+from kvfold.step.sizes import ALIGNMENT, aligned, positive_integer
 
-log = logging.getLogger("kvfold")
-
-_kept: list[torch.Tensor] = []  # memory of pools dropped during a capture, when nothing can wait
+_leaked_memory: list[torch.Tensor] = []  # of pools that were released during a capture
 
 
 @dataclass(frozen=True)
@@ -31,12 +28,11 @@ class StagingCounters:
     """What a pool has done so far.
 
     Attributes:
-        uploads: calls of upload and upload_into that went through.
-        copies: host-to-device copies they issued.
-        bytes: bytes of the arrays, without what lies between them.
-        waits: times a full ring waited for its oldest slot.
-        high_water_bytes: the most bytes of the ring in use at once.
-        synchronisations: other waits of an upload for the device. There are none: 0.
+        uploads: completed calls of `StagingPool.upload`, `StagingPool.stage` and `Staged.refresh`.
+        copies: host-to-device copies of these calls, one each, none if there are no bytes.
+        bytes: bytes of the arrays, without the gaps between them.
+        waits: how often an upload waited for the oldest slot of a full ring.
+        high_water_bytes: the largest number of bytes of the ring that were in use at one time.
     """
 
     uploads: int
@@ -44,42 +40,43 @@ class StagingCounters:
     bytes: int
     waits: int
     high_water_bytes: int
-    synchronisations: int = 0
 
 
 class StagingPool:
-    """A pinned ring buffer of `capacity_bytes` for uploads to a device. It never grows.
+    """A pinned ring buffer for uploads to one device. Its size is fixed.
 
-    On a CPU everything is done at once, with the same results, errors and counters. Threads may
-    share a pool; uploads are made one at a time, each on its thread's current stream.
+    An upload waits for the device only if the ring is full. On a CPU device every copy is made
+    before the call returns; results, errors and counters are the same.
+
+    Threads may share a pool. Uploads are made one at a time, each on the current stream of its
+    thread.
 
     Args:
-        device: a CUDA device, the current one if it has no index, or the CPU.
-        capacity_bytes: must hold the largest upload; more lets more uploads be under way.
-        fallback: take pageable memory where none can be pinned, and say so. Uploads may then wait.
+        device: "cpu", a CUDA device, or the index of a CUDA device. A CUDA device without an
+            index is torch's current device.
+        capacity_bytes: size of the ring in bytes, any positive integral number. One upload must
+            fit; a larger ring holds more uploads whose copies have not been made yet.
 
     Raises:
-        ValueError: no such kind of device, or a capacity that is no positive int.
+        ValueError: the device is neither a CUDA device nor the CPU, or capacity_bytes is not a
+            positive integer.
         RuntimeError: the memory cannot be pinned.
     """
 
-    def __init__(
-        self, device: torch.device | str | int, capacity_bytes: int, *, fallback: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device | str | int, capacity_bytes: int) -> None:
         self.device = resolve_device(device)
-        if type(capacity_bytes) is not int or capacity_bytes <= 0:
-            raise ValueError(f"capacity_bytes is {capacity_bytes!r}; accepted: a positive int")
+        capacity_bytes = positive_integer("capacity_bytes", capacity_bytes)
         self._ring = Ring(capacity_bytes, ALIGNMENT)
         self._lock = threading.Lock()
         self._uploads = self._copies = self._bytes = 0
         with on_device(self.device):
-            self._memory = _allocate(capacity_bytes, self.device.type == "cuda", fallback)
-        # The finalizer holds the memory too, so it outlives the copies under way.
-        self._finalizer = weakref.finalize(self, _abandon, *self._parts())
+            self._memory = _allocate(capacity_bytes, pinned=self.device.type == "cuda")
+        # The finalizer also refers to the memory, so that it outlives the copies from it.
+        self._finalizer = weakref.finalize(self, _release_unclosed, *self._parts())
 
     @property
     def counters(self) -> StagingCounters:
-        """A snapshot."""
+        """The counters as they are now. The object does not change later."""
         with self._lock:
             return StagingCounters(
                 uploads=self._uploads,
@@ -90,74 +87,45 @@ class StagingPool:
             )
 
     def upload(self, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-        """New device tensors with the arrays' values, shapes and dtypes, contiguous.
+        """Copies arrays to new tensors on the device, with one asynchronous copy.
 
-        They are views of one allocation, each at a multiple of 256 bytes, which one asynchronous
-        copy on the current stream fills. The arrays may be changed once this returns.
+        The arrays may be changed as soon as this returns.
+
+        Args:
+            arrays: name -> CPU tensor or numpy array, of any shape, strides and dtype that torch
+                has.
+
+        Returns:
+            name -> contiguous tensor on the device, of the same shape and dtype. The tensors are
+            views of one allocation, each at a multiple of 256 bytes. The current stream fills them.
 
         Raises:
-            ValueError: no array, one of a dtype torch does not have, one that is not on the CPU,
-                or more bytes than the ring has.
+            ValueError: an array is not a strided CPU tensor or a numpy array, has a dtype that
+                torch does not have, or the arrays take more bytes than the ring has.
             RuntimeError: the pool is closed, or the current stream is being captured.
         """
         return self.stage(arrays).tensors
 
     def stage(self, arrays: Mapping[str, Array]) -> Staged:
-        """As `upload`, for tensors that are to be refreshed: `Staged.refresh` is quick."""
+        """Like `upload`, for tensors that get new values later: see `Staged.refresh`."""
+        arrays = dict(arrays)  # a mapping of the caller's may call this pool, so not under the lock
         with self._lock, on_device(self.device):
             self._check_usable()
-            packing = self._pack(arrays)
+            packing = Packing.of(arrays)
+            if packing.size > self._ring.capacity:
+                raise ValueError(
+                    f"an upload of {packing.size} bytes does not fit in the ring of "
+                    f"{self._ring.capacity} bytes (capacity_bytes)"
+                )
             block = torch.empty(aligned(packing.size), dtype=torch.uint8, device=self.device)
-            self._send(packing, arrays, _whole(block, packing.size))
+            self._send(packing, arrays, block)
         return Staged(self, packing, block)
 
-    def _refresh(self, packing: Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
-        packing.check(arrays)
-        with self._lock, on_device(self.device):
-            self._check_usable()
-            self._send(packing, arrays, _whole(block, packing.size))
-
-    def upload_into(
-        self,
-        destinations: Mapping[str, torch.Tensor],
-        arrays: Mapping[str, Array],
-    ) -> None:
-        """Refreshes tensors on the device, such as those a captured graph reads.
-
-        One asynchronous copy on the current stream for each of them; what `stage` returned is
-        refreshed by one for all. After an error nothing is copied.
-
-        Args:
-            destinations: contiguous tensors on the pool's device.
-            arrays: of the same names, shapes and dtypes.
-
-        Raises:
-            ValueError: as `upload`; or an array and its destination do not match.
-            RuntimeError: as `upload`.
-        """
-        with self._lock, on_device(self.device):
-            self._check_usable()
-            for name in arrays:
-                if name not in destinations:
-                    raise ValueError(f"array {name!r} has no destination; {accepted(destinations)}")
-            for name in destinations:
-                if name not in arrays:
-                    raise ValueError(f"destination {name!r} has no array; {accepted(arrays)}")
-            packing = self._pack(arrays)
-            for place in packing.places:
-                _check_destination(destinations[place.name], place, self.device)
-            targets = {
-                place.start: destinations[place.name].detach().view(-1).view(torch.uint8)
-                for place in packing.places
-                if place.nbytes
-            }
-            self._send(packing, arrays, targets)
-
     def close(self) -> None:
-        """Waits for the copies under way, if any, and gives the memory back."""
+        """Releases the pinned memory, after waiting for the copies from it. May be called twice."""
         with self._lock:
             if self._finalizer.detach() is not None:
-                _finish(*self._parts())
+                _release(*self._parts())
                 del self._memory
 
     def __enter__(self) -> StagingPool:
@@ -165,6 +133,13 @@ class StagingPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _refresh(self, packing: Packing, block: torch.Tensor, arrays: Mapping[str, Array]) -> None:
+        arrays = dict(arrays)  # as in stage()
+        packing.check(arrays)
+        with self._lock, on_device(self.device):
+            self._check_usable()
+            self._send(packing, arrays, block)
 
     def _parts(self) -> tuple[torch.device, Ring, torch.Tensor]:
         return self.device, self._ring, self._memory
@@ -174,49 +149,61 @@ class StagingPool:
             raise RuntimeError("the staging pool is closed")
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "the current stream is being captured: the graph would copy from a slot that is "
-                "reused by the time it is replayed; upload before the capture, and before each "
-                "replay with upload_into"
+                "the current stream is being captured: a replay of the graph would copy from a "
+                "part of the ring that then holds another upload; call stage() before the capture "
+                "and Staged.refresh() before each replay"
             )
 
-    def _pack(self, arrays: Mapping[str, Array]) -> Packing:
-        packing = Packing.of(arrays)
-        if packing.size > self._ring.capacity:
-            raise ValueError(
-                f"an upload of {packing.size} bytes does not fit in the ring of "
-                f"{self._ring.capacity} bytes (capacity_bytes)"
-            )
-        return packing
-
-    def _send(
-        self, packing: Packing, arrays: Mapping[str, Array], targets: dict[int, torch.Tensor]
-    ) -> None:
-        """Copies through one slot to uint8 device tensors, by the offset in it of their bytes."""
+    def _send(self, packing: Packing, arrays: Mapping[str, Array], block: torch.Tensor) -> None:
+        """Copies the arrays through a slot of the ring to `block`, uint8 on the device."""
         if packing.size:
             offset = self._ring.reserve(packing.size)
-            slot = self._memory[offset : offset + packing.size]
+            slot, destination = self._memory[offset : offset + packing.size], block[: packing.size]
             packing.write(arrays, slot)
             try:
-                with torch.inference_mode():  # where every tensor may be written to
-                    for start, target in targets.items():
-                        target.copy_(slot[start : start + target.numel()], non_blocking=True)
-            finally:  # some copies may be under way
-                self._ring.commit(offset, packing.size, self._done())
+                with torch.inference_mode():  # in it, inference and other tensors may be written
+                    destination.copy_(slot, non_blocking=True)
+            finally:  # after an interrupt the copy may have been enqueued
+                self._ring.commit(offset, packing.size, self._enqueued_work())
+            self._copies += 1
         self._uploads += 1
-        self._copies += len(targets)
         self._bytes += packing.nbytes
 
-    def _done(self) -> torch.cuda.Event | _Now:
-        """When the work queued so far on the current stream is done."""
+    def _enqueued_work(self) -> Done:
+        """The end of the work that has been enqueued on the current stream so far."""
         if self.device.type != "cuda":
-            return _Now()
+            return _AlreadyDone()
         event = torch.cuda.Event()
         event.record()
         return event
 
 
-class _Now:
-    """The end of what is over already."""
+class Staged:
+    """Tensors on the device that one copy fills, any number of times.
+
+    Attributes:
+        tensors: name -> tensor, as `StagingPool.upload` returns them. They keep their addresses.
+    """
+
+    def __init__(self, pool: StagingPool, packing: Packing, block: torch.Tensor) -> None:
+        self.tensors = packing.views(block)
+        self._pool, self._packing, self._block = pool, packing, block
+
+    def refresh(self, arrays: Mapping[str, Array]) -> None:
+        """Gives the tensors new values, with one asynchronous copy on the current stream.
+
+        Args:
+            arrays: arrays of the names, shapes and dtypes that were staged.
+
+        Raises:
+            ValueError: names, shapes or dtypes differ. Nothing is copied.
+            RuntimeError: the pool is closed, or the current stream is being captured.
+        """
+        self._pool._refresh(self._packing, self._block, arrays)
+
+
+class _AlreadyDone:
+    """The end of work that has been done already."""
 
     def query(self) -> bool:
         return True
@@ -225,79 +212,35 @@ class _Now:
         pass
 
 
-class Staged:
-    """Tensors on the device that one copy fills, and fills again.
+def _allocate(capacity_bytes: int, pinned: bool) -> torch.Tensor:
+    """A uint8 tensor [capacity_bytes] on the host.
 
-    Attributes:
-        tensors: name -> tensor, as StagingPool.upload returns them.
+    Raises:
+        RuntimeError: the memory cannot be pinned.
     """
-
-    def __init__(self, pool: StagingPool, packing: Packing, block: torch.Tensor) -> None:
-        self.tensors = packing.views(block)
-        self._pool, self._packing, self._block = pool, packing, block
-
-    def refresh(self, arrays: Mapping[str, Array]) -> None:
-        """Gives the tensors new values, from arrays of the same names, shapes and dtypes.
-
-        Raises:
-            ValueError: they are not; nothing is copied.
-            RuntimeError: as StagingPool.upload.
-        """
-        self._pool._refresh(self._packing, self._block, arrays)
+    try:
+        return torch.empty(capacity_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    except RuntimeError as error:
+        if not pinned:
+            raise
+        raise RuntimeError(
+            f"cannot pin {capacity_bytes} bytes of host memory for the staging pool; lower "
+            "capacity_bytes, or raise the limit on locked memory (ulimit -l)"
+        ) from error
 
 
-def _whole(block: torch.Tensor, size: int) -> dict[int, torch.Tensor]:
-    """What _send takes to fill a block at once."""
-    return {0: block[:size]} if size else {}
+def _release(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
+    """Waits for the copies from the memory. During a capture, keeps the memory for good instead.
 
-
-def _allocate(capacity: int, pinned: bool, fallback: bool) -> torch.Tensor:
-    """uint8 [capacity] on the host, pinned or, where that fails and `fallback`, pageable."""
-    if pinned:
-        try:
-            return torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError as error:
-            if not fallback:
-                raise RuntimeError(
-                    f"cannot pin {capacity} bytes of host memory for the staging pool: lower "
-                    "capacity_bytes, raise the limit on locked memory (ulimit -l), or give "
-                    "fallback=True for pageable memory"
-                ) from error
-            log.warning(
-                "cannot pin %d bytes of host memory; uploads go through pageable memory: %s",
-                capacity,
-                error,
-            )
-    return torch.empty(capacity, dtype=torch.uint8, device="cpu")
-
-
-def _finish(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
-    """Waits until the memory's copies are made; during a capture, keeps it for good instead."""
+    A query of an event would make the capture fail.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _kept.append(memory)  # looking at an event would spoil the capture
+        _leaked_memory.append(memory)
     else:
         ring.drain()
 
 
-def _abandon(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
-    """_finish() for a pool that nobody closed, perhaps at the interpreter's exit."""
-    with contextlib.suppress(Exception):  # nobody to tell; a failed device makes no more copies
-        _finish(device, ring, memory)
-
-
-def _check_destination(destination: torch.Tensor, place: Place, device: torch.device) -> None:
-    """Raises ValueError if an array's bytes cannot be copied to the destination's."""
-    if not isinstance(destination, torch.Tensor):
-        value, legal = f"of type {type(destination).__name__}", "tensors"
-    elif destination.device != device:
-        value, legal = f"on {str(destination.device)!r}", f"{str(device)!r}"
-    elif destination.dtype != place.dtype:
-        value, legal = f"of dtype {destination.dtype}", f"{place.dtype}, the array's"
-    elif destination.shape != place.shape:
-        value = f"of shape {tuple(destination.shape)}"
-        legal = f"{place.shape}, the array's"
-    elif not destination.is_contiguous():
-        value, legal = f"of stride {destination.stride()}", "contiguous tensors"
-    else:
-        return
-    raise ValueError(f"destination {place.name!r} is {value}; accepted: {legal}")
+def _release_unclosed(device: torch.device, ring: Ring, memory: torch.Tensor) -> None:
+    """`_release` for a pool that was never closed, perhaps while the interpreter exits."""
+    with contextlib.suppress(Exception):  # a device that has failed makes no more copies
+        _release(device, ring, memory)

@@ -15,6 +15,9 @@ OP = "paged_kv_compress"
 FIRST_LINE = 3  # of the rows in text()
 BYTES = {"bf16": 2, "fp32": 4}
 SHARED_KIB = {"sm_80": 163, "sm_90a": 227, "sm_120": 99, "any": 99}
+PROBLEM_FIELDS = (
+    "head_dim", "compress_ratio", "overlap", "kv_dtype", "state_dtype", "next_n",
+)  # fmt: skip
 HAS_DEFAULT = ("overlap", "arch", "min_batch", "max_batch")
 
 
@@ -31,16 +34,17 @@ def written(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def listed(value) -> list:
+def as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
 def places(row: dict) -> set[tuple]:
-    """The (backend, arch, key) that a row has a variant for."""
+    """The (backend, arch, problem) that a row has a variant for; values of PROBLEM_FIELDS."""
     names = ("backend", "arch", "head_dim", "compress_ratio", "kv_dtype", "state_dtype", "next_n")
     given = [({"arch": "any"} | row)[name] for name in names]
     found = set()
-    for backend, arch, head_dim, ratio, kv, state, next_n in itertools.product(*map(listed, given)):
+    for values in itertools.product(*map(as_list, given)):
+        backend, arch, head_dim, ratio, kv, state, next_n = values
         overlap = row.get("overlap", ratio == 4)
         found.add((backend, arch, (head_dim, ratio, overlap, kv, state, next_n)))
     return found
@@ -72,7 +76,7 @@ def runs(row: dict, warps: int, width: int) -> bool:
         thread_rows = max(4, warp_rows * lanes // 32) if lanes < 32 else warp_rows
         held = 32 * min(thread_rows, 16) * threads if thread_rows > 4 else 0
         partials = 12 * warps * width if warps > 1 else 0
-        if held + partials > 1024 * SHARED_KIB[arch]:
+        if max(held, partials) > 1024 * SHARED_KIB[arch]:
             return False
     return True
 
@@ -181,7 +185,7 @@ def empty_list(draw, rows, at):
 
 def repeated_value(draw, rows, at):
     field = draw(st.sampled_from(["head_dim", "kv_dtype", "next_n", "backend", "head_slice"]))
-    values = listed(rows[at][field])
+    values = as_list(rows[at][field])
     rows[at][field] = [*values, values[0]]
     return at, field
 

@@ -1,32 +1,15 @@
 import dataclasses
 import re
-import time
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from strategies import OP, property_test, text, valid_rows
+from strategies import OP, property_test, valid_rows
+from table_files import ROW, load
 
-from kvfold.codegen import instantiate, load_table, render
+from kvfold.codegen import instantiate, load_table, op_spec, render
 
-CTYPES = {"bf16": "bf16", "fp32": "float"}
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    file = tmp_path_factory.mktemp("render") / "own.yaml"
-
-    def load(rows):
-        file.write_text(text(rows))
-        return load_table(file)
-
-    return load
-
-
-def dispatcher(rendered):
-    names = {}
-    exec(rendered.dispatch, names)
-    return names
+C_TYPES = {"bf16": "bf16", "fp32": "float"}
+INCLUDE = f'#include "ops/{OP}/kernel.cuh"'
 
 
 def kernels(source: str) -> list[str]:
@@ -36,124 +19,83 @@ def kernels(source: str) -> list[str]:
 
 @property_test
 @given(rows=valid_rows())
-def test_instantiated_is_dispatchable_is_the_table(load, rows):
-    table = load(rows)
-    rendered = render(table)
-    symbols = {backend: set() for backend in ("cuda", "triton")}
-    for (_, backend, *_), buckets in dispatcher(rendered)["BUCKETS"].items():
-        symbols[backend] |= {symbol for _, symbol in buckets}
-    assert symbols["cuda"] | symbols["triton"] == {v.symbol for v in table.variants}
-    assert symbols["triton"] == {v.symbol for v in table.variants if v.backend == "triton"}
-    instantiated = kernels(rendered.instantiations)
-    assert set(instantiated) == symbols["cuda"]
+def test_every_cuda_variant_that_the_table_finds_is_instantiated_once(file, rows):
+    table = load(file, rows)
+    symbols = {
+        bucket.variant.symbol
+        for group, buckets in table.groups.items()
+        for bucket in buckets
+        if group.backend == "cuda"
+    }
+    assert symbols == {v.symbol for v in table.variants if v.backend == "cuda"}
+    instantiated = kernels(render(table).instantiations)
+    assert set(instantiated) == symbols
     assert len(set(instantiated)) == len(instantiated)
 
 
-@property_test
-@given(rows=valid_rows(), data=st.data())
-def test_dispatcher_agrees_with_select(load, rows, data):
-    table = load(rows)
-    select = dispatcher(render(table))["select"]
-    for (op, backend, arch, *key), buckets in table.groups.items():
-        edges = {bucket.min_batch for bucket in buckets}
-        edges |= {bucket.max_batch for bucket in buckets if bucket.max_batch}
-        problem = buckets[0].variant.problem
-        for batch in {*edges, *data.draw(st.lists(st.integers(1, 2100), max_size=4))}:
-            variant = table.select(op, batch=batch, backend=backend, arch=arch, **problem)
-            assert select(op, backend, arch, tuple(key), batch) == variant.symbol
-
-
-def test_dispatcher_agrees_on_every_batch_size_of_the_shipped_table():
-    table = load_table()
-    select = dispatcher(render(table))["select"]
-    keys = {variant.key: variant.problem for variant in table.variants}
-    some = [key for key in keys if key[-1] == 4]  # next_n does not change the buckets
-    for key in some:
-        for backend in ("cuda", "triton"):
-            for batch in (*range(1, 130), *range(130, 2001, 17)):
-                for arch in ("sm_90", "sm_120"):  # one that has rows of its own, one that has none
-                    variant = table.select(OP, batch=batch, backend=backend, arch=arch, **keys[key])
-                    assert select(OP, backend, arch, key, batch) == variant.symbol
-
-
-def test_dispatcher_falls_back_to_any_and_knows_no_more(load):
-    row = {
-        "head_dim": 512,
-        "compress_ratio": 128,
-        "kv_dtype": "bf16",
-        "state_dtype": "fp32",
-        "next_n": 4,
-        "backend": "cuda",
-        "reduce_warps": 8,
-    }
-    own = row | {"arch": "sm_90", "head_slice": 32}
-    table = load([row | {"head_slice": 64}, own, own | {"head_dim": 128}])
-    select = dispatcher(render(table))["select"]
-    key = (512, 128, False, "bf16", "fp32", 4)
-    symbol = "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s"
-    assert select(OP, "cuda", "sm_90", key, 5) == f"{symbol}32"
-    assert select(OP, "cuda", "sm_80", key, 5) == f"{symbol}64"
-    assert select(OP, "cuda", "any", key, 5) == f"{symbol}64"
-    assert select(OP, "cuda", "sm_80", (128, *key[1:]), 5) is None
-    assert select(OP, "triton", "sm_90", key, 5) is None
-    assert select("norm", "cuda", "sm_90", key, 5) is None
-
-
-def test_both_texts_bear_the_fingerprint():
+def test_the_source_bears_the_fingerprint():
     table = load_table()
     rendered = render(table)
     assert rendered.fingerprint == table.fingerprint
-    assert dispatcher(rendered)["FINGERPRINT"] == table.fingerprint
-    assert table.fingerprint in rendered.dispatch.splitlines()[0]
     assert table.fingerprint in rendered.instantiations.splitlines()[0]
 
 
 @property_test
 @given(rows=valid_rows())
-def test_instantiation_says_what_the_variant_is(load, rows):
-    for variant in load(rows).variants:
+def test_instantiation_says_what_the_variant_is(file, rows):
+    for variant in load(file, rows).variants:
         if variant.backend != "cuda":
             continue
         source = instantiate(variant)
-        ints = re.findall(r"static constexpr (?:int|bool) (\w+) = (\w+);", source)
+        numbers = re.findall(r"static constexpr (int|bool) (\w+) = (\w+);", source)
         types = re.findall(r"using (\w+) = (\w+);", source)
-        names = ("head_dim", "compress_ratio", "next_n", "reduce_warps", "head_slice")
+        problem, tuning, launch = variant.problem, variant.tuning, variant.launch
         expected = {
-            name: str(getattr(variant, name))
-            for name in (*names, "threads", "shared_bytes", "listed", "items_at_once")
+            "head_dim": problem.head_dim,
+            "compress_ratio": problem.compress_ratio,
+            "overlap": problem.overlap,
+            "next_n": problem.next_n,
+            "reduce_warps": tuning.reduce_warps,
+            "head_slice": tuning.head_slice,
+            "min_ctas": tuning.min_ctas,
+            "threads": launch.threads,
+            "shared_bytes": launch.shared_bytes,
+            **launch.constants,
         }
-        persistent = variant.schedule == "persistent"
-        flags = {"overlap": variant.overlap, "persistent": persistent}
-        assert dict(ints) == expected | {name: str(flag).lower() for name, flag in flags.items()}
+        assert {name: value for _, name, value in numbers} == {
+            name: str(value).lower() for name, value in expected.items()
+        }
+        assert [name for kind, name, _ in numbers if kind == "bool"] == ["overlap"]
         assert dict(types) == {
-            "kv_t": CTYPES[variant.kv_dtype],
-            "state_t": CTYPES[variant.state_dtype],
+            "kv_dtype": C_TYPES[problem.kv_dtype],
+            "state_dtype": C_TYPES[problem.state_dtype],
         }
-        assert f"__launch_bounds__({variant.threads}, {variant.min_ctas})\n" in source
-        assert source.startswith('#include "paged_kv_compress/kernel.cuh"\n')
+        assert f"__launch_bounds__({launch.threads}, {tuning.min_ctas})\n" in source
+        assert source.startswith(f"{INCLUDE}\n")
 
 
 @property_test
 @given(rows=valid_rows())
-def test_one_variant_alone_reads_as_in_the_whole(load, rows):
-    table = load(rows)
+def test_one_variant_alone_reads_as_in_the_whole(file, rows):
+    table = load(file, rows)
     rendered = render(table)
     bodies = [instantiate(v).split("\n", 1)[1] for v in table.variants if v.backend == "cuda"]
     first, *rest = rendered.instantiations.split("\n", 2)
     assert first.startswith("// ")
     if bodies:
         include, whole = rest
-        assert include == '#include "paged_kv_compress/kernel.cuh"'
+        assert include == INCLUDE
         assert len(whole) == sum(map(len, bodies))
         assert all(whole.count(body) == 1 for body in bodies)
     else:
         assert rest == [""]
 
 
-def test_instantiation_depends_on_no_table(load):
+def test_instantiation_depends_on_no_table(file):
     variant = load_table().variants[0]
     assert variant.backend == "cuda"
-    alone = load([variant.problem | variant.tuning])
+    fields = variant.problem.values() | {"backend": "cuda"} | variant.tuning.values()
+    alone = load(file, [fields])
     assert alone.fingerprint != load_table().fingerprint
     assert instantiate(alone.variants[0]) == instantiate(variant)
     assert alone.fingerprint not in instantiate(variant)
@@ -165,18 +107,20 @@ def test_only_cuda_is_instantiated():
         instantiate(variant)
 
 
+def test_headers_declare_the_parameters_of_the_ops_that_have_kernels(file):
+    rendered = render(load(file, [ROW, ROW | {"head_dim": 128, "backend": "triton"}]))
+    (name,) = rendered.headers
+    assert name == f"ops/{OP}/params.cuh"
+    struct = op_spec(OP).param_struct
+    declared = re.findall(r"^  ([\w ]+\*?) (\w+);$", rendered.headers[name], re.MULTILINE)
+    assert declared == [tuple(member) for member in struct.members()]
+    assert f"sizeof(Params) == {struct.size}" in rendered.headers[name]
+    assert render(load(file, [ROW | {"backend": "triton"}])).headers == {}
+
+
 def test_generated_text_is_clean():
     rendered = render(load_table())
-    for source in (rendered.instantiations, rendered.dispatch):
+    for source in (rendered.instantiations, *rendered.headers.values()):
         assert source.endswith("\n") and not source.endswith("\n\n")
         assert all(line == line.rstrip() for line in source.splitlines())
         assert "\n\n\n\n" not in source
-
-
-def test_loading_and_rendering_is_fast():
-    def seconds():
-        start = time.perf_counter()
-        render(load_table())
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.05

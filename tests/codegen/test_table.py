@@ -1,6 +1,6 @@
 import itertools
+import math
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,45 +11,30 @@ from strategies import (
     FIRST_LINE,
     ILLEGAL,
     OP,
+    PROBLEM_FIELDS,
+    as_list,
     batches,
     broken_yaml,
     duplicate_row,
-    listed,
     one_fault,
     places,
     property_test,
     text,
     valid_rows,
 )
+from table_files import PROBLEM, ROW, load, problem, refused
 
-import kvfold.codegen.table as table_module
-from kvfold.codegen import Bucket, TableError, Variant, load_table
+from kvfold.codegen import Bucket, Group, TableError, Variant, load_table, op_spec
+from kvfold.codegen import table as table_module
+from kvfold.codegen.fields import Field
 
-PROBLEM = {"head_dim": 512, "compress_ratio": 128, "kv_dtype": "bf16", "state_dtype": "fp32"}
-ROW = PROBLEM | {"next_n": 4, "backend": "cuda", "reduce_warps": 8, "head_slice": 64}
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    return tmp_path_factory.mktemp("table") / "own.yaml"
+SPEC = op_spec(OP)
 
 
-def load(file: Path, content: str | bytes | list):
-    """load_table of a file with this content: text, bytes or rows."""
-    content = text(content) if isinstance(content, list) else content
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_table(file)
-
-
-def refused(file: Path, content: str | bytes | list) -> TableError:
-    """The error that this content raises, after a look at what every error must have."""
-    with pytest.raises(TableError) as caught:
-        load(file, content)
-    error = caught.value
-    assert error.file == file
-    for known in (error.file, error.row, error.field, error.legal):
-        assert known is None or str(known) in str(error)
-    return error
+def group_of(backend, arch, values):
+    """The group of one place of a row."""
+    found = SPEC.problem.of(dict(zip(PROBLEM_FIELDS, values, strict=True)))
+    return Group(problem=found, backend=backend, arch=arch)
 
 
 # ---- valid tables --------------------------------------------------------------------------------
@@ -57,23 +42,49 @@ def refused(file: Path, content: str | bytes | list) -> TableError:
 
 @property_test
 @given(rows=valid_rows(), data=st.data())
-def test_every_key_and_batch_finds_the_one_row_that_covers_it(file, rows, data):
+def test_every_problem_and_batch_finds_the_one_row_that_covers_it(file, rows, data):
     table = load(file, rows)
     cells = {place for row in rows for place in places(row)}
-    assert set(table.groups) == {(OP, backend, arch, *key) for backend, arch, key in cells}
-    for backend, arch, key in cells:
-        covering = [row for row in rows if (backend, arch, key) in places(row)]
+    assert set(table.groups) == {group_of(*cell) for cell in cells}
+    for backend, arch, values in cells:
+        group = group_of(backend, arch, values)
+        covering = [row for row in rows if (backend, arch, values) in places(row)]
         edges = {edge for row in covering for edge in batches(row)} - {float("inf")}
         sizes = {1, 2000, *edges, *(edge + 1 for edge in edges), data.draw(st.integers(1, 2100))}
         for batch in sizes:
             (row,) = [r for r in covering if batches(r)[0] <= batch <= batches(r)[1]]
-            names = Variant.spec("problem")
-            problem = dict(zip(names, key, strict=True))
-            variant = table.select(OP, batch=batch, backend=backend, arch=arch, **problem)
-            assert variant.key == key
+            fields = group.problem.values()
+            variant = table.select(OP, batch=batch, backend=backend, arch=arch, **fields)
+            assert (variant.problem, variant.backend) == (group.problem, backend)
             given = {name: row[name] for name in ("reduce_warps", "head_slice")}
-            left_out = {"schedule": "direct", "min_ctas": 1}
-            assert variant.tuning == {"backend": backend, **given, **left_out}
+            assert variant.tuning.values() == {**given, "min_ctas": 1}
+
+
+@property_test
+@given(rows=valid_rows(), data=st.data())
+def test_find_and_buckets_for_agree_with_a_scan_of_the_rows(file, rows, data):
+    table = load(file, rows)
+    archs = ("any", "sm_80", "sm_90", "sm_90a", "sm_120")
+    problems = sorted({group.problem for group in table.groups}, key=str)
+    absent = problems[0].values() | {"head_dim": 8 * 1001}
+    for found in (*problems, SPEC.problem.of(absent)):
+        for backend, arch in itertools.product(("cuda", "triton"), archs):
+            of_arch = {
+                where: [
+                    bucket
+                    for bucket in table.buckets
+                    if bucket.group == Group(problem=found, backend=backend, arch=where)
+                ]
+                for where in (arch, "any")
+            }
+            serving = of_arch[arch] or of_arch["any"]
+            buckets = table.buckets_for(found, backend, arch)
+            assert sorted(buckets, key=str) == sorted(serving, key=str)
+            assert [b.min_size for b in buckets] == sorted(b.min_size for b in serving)
+            edges = {bucket.min_size for bucket in serving}
+            for size in {1, *edges, *data.draw(st.lists(st.integers(1, 2100), max_size=3))}:
+                scanned = [b.variant for b in serving if b.serves(size)]
+                assert [table.find(found, backend, arch, size)] == (scanned or [None])
 
 
 @property_test
@@ -85,9 +96,10 @@ def test_buckets_are_the_rows_expanded(file, rows):
         at = bucket.row - 1
         assert bucket.line == FIRST_LINE + at
         assert bucket.where == f"{OP} row {bucket.row} (line {bucket.line})"
-        assert (bucket.min_batch, bucket.max_batch or float("inf")) == batches(rows[at])
-        found[at].add((bucket.variant.backend, bucket.arch, bucket.variant.key))
-    assert found == {i: places(row) for i, row in enumerate(rows)}
+        assert (bucket.min_size, bucket.max_size or float("inf")) == batches(rows[at])
+        found[at].add(bucket.group)
+    for i, row in enumerate(rows):
+        assert found[i] == {group_of(*place) for place in places(row)}
     assert len(table.buckets) == sum(map(len, found.values()))
     assert set(table.variants) == {bucket.variant for bucket in table.buckets}
     assert len(set(table.variants)) == len(table.variants)
@@ -99,7 +111,7 @@ def test_fingerprint_is_of_the_expansion(file, rows, data):
     fingerprint = load(file, rows).fingerprint
     assert re.fullmatch("[0-9a-f]{16}", fingerprint)
     # Layout, comments, the order of rows and of lists, and one row written as several: the same.
-    single = [row | {"next_n": n} for row in rows for n in listed(row["next_n"])]
+    single = [row | {"next_n": n} for row in rows for n in as_list(row["next_n"])]
     plain = yaml.safe_load(text(data.draw(st.permutations(single))))
     assert load(file, "# comment\n" + yaml.safe_dump(plain)).fingerprint == fingerprint
     # Another cut of a batch axis: another table.
@@ -113,7 +125,7 @@ def test_fingerprint_is_of_the_expansion(file, rows, data):
     assert load(file, rows).fingerprint != fingerprint
 
 
-def test_own_arch_goes_before_any(file):
+def test_rows_of_the_own_arch_go_before_rows_for_any(file):
     rows = [
         ROW | {"head_slice": 32},
         ROW | {"arch": ["sm_90", "sm_100"], "max_batch": 8},
@@ -122,11 +134,36 @@ def test_own_arch_goes_before_any(file):
     table = load(file, rows)
 
     def width(arch, batch):
-        return table.select(OP, batch=batch, arch=arch, next_n=4, **PROBLEM).head_slice
+        selected = table.select(OP, batch=batch, arch=arch, next_n=4, **PROBLEM)
+        assert selected == table.find(problem(), "cuda", arch, batch)
+        return selected.tuning.head_slice
 
     assert [width(arch, 8) for arch in ("any", "sm_80", "sm_90", "sm_100")] == [32, 32, 64, 64]
     assert [width(arch, 9) for arch in ("any", "sm_80", "sm_90", "sm_100")] == [32, 32, 128, 128]
     assert len(table.variants) == 3
+
+
+def test_find_knows_the_problems_of_the_table_and_no_more(file):
+    own = ROW | {"arch": "sm_90", "head_slice": 32}
+    table = load(file, [ROW, own, own | {"head_dim": 128}])
+    symbol = "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s"
+    assert table.find(problem(), "cuda", "sm_90", 5).symbol == f"{symbol}32"
+    assert table.find(problem(), "cuda", "sm_80", 5).symbol == f"{symbol}64"
+    assert table.find(problem(), "cuda", "any", 5).symbol == f"{symbol}64"
+    assert table.find(problem(head_dim=128), "cuda", "sm_90", 5) is not None
+    assert table.find(problem(head_dim=128), "cuda", "sm_80", 5) is None
+    assert table.find(problem(), "triton", "sm_90", 5) is None
+    assert table.find(problem(overlap=True), "cuda", "sm_90", 5) is None
+
+
+def test_swapped_dtypes_are_another_problem(file):
+    kv_wide = ROW | {"kv_dtype": "fp32", "state_dtype": "bf16", "reduce_warps": 4}
+    table = load(file, [ROW, kv_wide])
+    state_wide = problem(kv_dtype="bf16", state_dtype="fp32")
+    assert table.find(state_wide, "cuda", "any", 1).tuning.reduce_warps == 8
+    swapped = problem(kv_dtype="fp32", state_dtype="bf16")
+    assert table.find(swapped, "cuda", "any", 1).tuning.reduce_warps == 4
+    assert load(file, [ROW]).find(swapped, "cuda", "any", 1) is None
 
 
 # ---- the shipped table ---------------------------------------------------------------------------
@@ -143,18 +180,35 @@ def test_shipped_table_covers_what_it_promises():
     }
     for backend in ("cuda", "triton"):
         for values in itertools.product(*choices.values()):
-            problem = dict(zip(choices, values, strict=True))
+            fields = dict(zip(choices, values, strict=True))
             for batch in (1, 48, 49, 2000):
-                variant = table.select(OP, batch=batch, backend=backend, **problem)
-                assert variant.overlap == (problem["compress_ratio"] == 4)
+                variant = table.select(OP, batch=batch, backend=backend, **fields)
+                assert variant.problem.overlap == (fields["compress_ratio"] == 4)
                 assert variant.backend == backend
-                assert problem.items() <= variant.problem.items()
+                assert fields.items() <= variant.problem.values().items()
 
 
-def test_shipped_table_explains_every_field():
-    header = table_module.SHIPPED.read_text().partition("version: 1")[0]
-    for name in (*Variant.spec(), "min_batch", "max_batch", "arch"):
-        assert re.search(rf"^#   {name}  ", header, re.MULTILINE), name
+def test_every_batch_size_of_the_shipped_table_is_served_by_one_row():
+    table = load_table()
+    some = {b.variant.problem for b in table.buckets if b.variant.problem.next_n == 4}
+    for found, backend in itertools.product(some, ("cuda", "triton")):
+        for arch in ("sm_90", "sm_120"):  # one that has rows of its own, one that has none
+            of_problem = [
+                b for b in table.buckets
+                if (b.variant.problem, b.variant.backend) == (found, backend)
+            ]  # fmt: skip
+            own = [b for b in of_problem if b.arch == arch]
+            serving = own or [b for b in of_problem if b.arch == "any"]
+            for size in (*range(1, 130), *range(130, 2001, 17)):
+                (bucket,) = [b for b in serving if b.serves(size)]
+                assert table.find(found, backend, arch, size) == bucket.variant
+
+
+def test_header_of_the_shipped_table_says_where_its_fields_are_explained():
+    header = load_table().path.read_text().partition("version: 1")[0]
+    assert "kvfold table fields OP" in header
+    for name in (*SPEC.bounds, "arch", "problem ", "tuning ", "applicability "):
+        assert re.search(rf"^# .*\b{name}", header, re.MULTILINE), name
 
 
 def test_which_table_is_in_force(file, monkeypatch):
@@ -216,87 +270,15 @@ def test_the_order_of_rows_changes_no_error(file, fault, data):
         assert getattr(other, name) == getattr(error, name)
 
 
-@pytest.mark.parametrize("loader", ["CSafeLoader", "SafeLoader"])
-def test_any_damage_to_the_file_is_a_table_error(file, loader, monkeypatch):
-    if not hasattr(yaml, loader):
-        pytest.skip(f"this PyYAML has no {loader}")
-    monkeypatch.setattr(table_module, "Loader", getattr(yaml, loader))
-    whole = text(
-        [ROW | {"next_n": [1, 2], "max_batch": 48}, ROW | {"next_n": [1, 2], "min_batch": 49}]
-    )
-    whole = whole.encode()
-    pieces = st.binary(max_size=2) | st.sampled_from(
-        [c.encode() for c in "{}[],:-?&*!|>'\"%@`#\n\t"]
-    )
-
-    @property_test
-    @given(
-        start=st.integers(0, len(whole)),
-        length=st.integers(0, 3),
-        piece=pieces,
-    )
-    def check(start, length, piece):
-        damaged = whole[:start] + piece + whole[start + length :]
-        try:
-            load(file, damaged)
-        except TableError as error:
-            assert error.file == file and str(file) in str(error)
-
-    check()
-
-
-VERSION = "version: 1\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "row", "field", "words"),
-    [
-        ("", None, None, "the table is not a mapping; legal: version: 1, then a section per op"),
-        ("- 1", None, None, "the table is not a mapping"),
-        ("version: 1", None, None, "has no rows; legal: a section per op, of paged_kv_compress"),
-        (f"{OP}: []", None, "version", "version is missing; legal: 1"),
-        (
-            f"version: 2\n{OP}: []",
-            None,
-            "version",
-            "version = 2 is not accepted; legal: 1 (integer)",
-        ),
-        ("version: '1'", None, "version", 'version = "1" is not accepted'),
-        ("version: true", None, "version", "version = true is not accepted"),
-        ("version: [1]", None, "version", "version = [1] is not accepted"),
-        ("version: 1\nversion: 1", None, "version", "stands twice (again in line 2)"),
-        (
-            VERSION + "paged_kv_compres: []",
-            None,
-            "paged_kv_compres",
-            "is no op, did you mean paged_kv_compress?; legal: paged_kv_compress",
-        ),
-        (VERSION + "1: []", None, "1", "1 is no op; legal: paged_kv_compress"),
-        (VERSION + "[a]: []", None, "(seq)", "is no op"),
-        (VERSION + f"{OP}: []", f"section {OP}", None, "is not a list of rows; legal: one row or"),
-        (VERSION + f"{OP}:", f"section {OP}", None, "is not a list of rows"),
-        (VERSION + f"{OP}: {{a: 1}}", f"section {OP}", None, "is not a list of rows"),
-        (VERSION + f"{OP}: &a [*a]", f"{OP} row 1 (line 2)", None, "a row is not a mapping"),
-        (VERSION + "--- 1", "line 2", None, "is not YAML"),
-        (VERSION + "a: b: c", "line 2", None, "is not YAML: mapping values are not allowed"),
-        (VERSION + "a: [1\nb: 2", "line 3", None, "while parsing a flow sequence from line 2"),
-        (b"\x00\xff\xfe", None, None, "is not YAML"),
-    ],
-)
-def test_faults_outside_rows(file, content, row, field, words):
-    error = refused(file, content)
-    assert (error.row, error.field) == (row, field)
-    assert words in str(error)
-
-
 @pytest.mark.parametrize(
     ("rows", "row", "words"),
     [
+        ([ROW | {"schedule": "direct"}], 1, "schedule is no field of paged_kv_compress"),
         ([ROW | {"head_slce": 1}], 1, "head_slce is no field of paged_kv_compress, did you mean"),
         ([ROW | {"head_slce": 1}], 1, "did you mean head_slice?; legal: head_dim, compress_ratio,"),
         ([ROW | {"next_n": "4.0"}], 1, 'next_n = "4.0 (float)" is not accepted; legal: 1, 2,'),
         ([ROW | {"next_n": "010"}], 1, 'next_n = "010 (int)" is not accepted'),
-        ([ROW | {"next_n": []}], 1, "next_n = [] is an empty list; legal: one value or more"),
+        ([ROW | {"next_n": []}], 1, "next_n is an empty list; legal: one value or more"),
         ([ROW | {"next_n": [1, 1]}], 1, "next_n = [1, 1] repeats a value; legal: each value once"),
         ([ROW | {"max_batch": [48]}], 1, "max_batch = [48] is not accepted; legal: 1, 2, ..."),
         ([ROW | {"head_slice": 48}], 1, "head_slice = 48 does not divide head_dim 512; legal: 4,"),
@@ -320,9 +302,10 @@ def test_faults_outside_rows(file, content, row, field, words):
         (
             [ROW | {"max_batch": 48}, ROW | {"min_batch": 50}],
             2,
-            "min_batch = 50 leaves batch 49 to 49 without a row (head_dim 512,",
+            "min_batch = 50 leaves batch 49 without a row (head_dim 512,",
         ),
-        ([ROW | {"min_batch": 2}], 1, "min_batch = 2 leaves batch 1 to 1 without a row"),
+        ([ROW | {"min_batch": 2}], 1, "min_batch = 2 leaves batch 1 without a row"),
+        ([ROW | {"min_batch": 9}], 1, "min_batch = 9 leaves batch 1 to 8 without a row"),
         (
             [ROW | {"max_batch": 48}],
             1,
@@ -346,8 +329,9 @@ def test_faults_in_rows_read_well(file, rows, row, words):
 
 def test_of_several_faulty_problems_the_same_is_named_in_any_order(file):
     rows = [ROW | {"head_dim": n, "max_batch": n} for n in (512, 64, 128)]
-    for order in itertools.permutations(rows):
-        assert refused(file, list(order)).value == 64
+    named = {refused(file, list(order)).value for order in itertools.permutations(rows)}
+    assert len(named) == 1
+    assert named < {64, 128, 512}
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", "."])
@@ -372,6 +356,7 @@ def test_file_that_cannot_be_read(tmp_path, path, monkeypatch):
         ({"next_n": 17}, "next_n", "next_n = 17 is not accepted"),
         ({"kv_dtype": "fp16"}, "kv_dtype", "legal: bf16, fp32"),
         ({"overlap": 0}, "overlap", "overlap = 0 is not accepted; legal: false, true"),
+        ({"batch": None}, "batch", "batch is missing; legal: requests in the step"),
         ({"batch": 0}, "batch", "batch = 0 is not accepted; legal: 1, 2,"),
         ({"batch": 2.0}, "batch", "batch = 2.0 is not accepted"),
         ({"backend": "hip"}, "backend", 'backend = "hip" is not accepted; legal: cuda, triton'),
@@ -399,23 +384,23 @@ def test_select_names_what_is_wrong(file, request_, field, words):
 )
 def test_missing_row_is_told_and_fits(file, head_dim, ratio, overlap, dtypes, next_n, backend):
     kv, state = dtypes
-    problem = {"head_dim": head_dim, "compress_ratio": ratio, "overlap": overlap, "kv_dtype": kv}
-    problem |= {"state_dtype": state, "next_n": next_n}
+    fields = {"head_dim": head_dim, "compress_ratio": ratio, "overlap": overlap, "kv_dtype": kv}
+    fields |= {"state_dtype": state, "next_n": next_n}
     base = ROW | {"head_dim": 8 * 601, "head_slice": 8}  # a problem that is never asked for
     table = load(file, [base])
     with pytest.raises(TableError) as caught:
-        table.select(OP, batch=7, backend=backend, arch="sm_90", **problem)
+        table.select(OP, batch=7, backend=backend, arch="sm_90", **fields)
     assert f"{OP} has no {backend} row for arch sm_90" in str(caught.value)
     assert str(file) in str(caught.value)
     (row,) = re.findall(r"^  - (\{.*\})$", str(caught.value), re.MULTILINE)
-    variant = load(file, [base, row]).select(OP, batch=7, backend=backend, arch="sm_90", **problem)
-    assert variant.problem == problem
+    variant = load(file, [base, row]).select(OP, batch=7, backend=backend, arch="sm_90", **fields)
+    assert variant.problem.values() == fields
     assert variant.backend == backend
 
 
 def test_row_of_another_arch_or_backend_is_no_row(file):
     table = load(file, [ROW | {"arch": "sm_90"}])
-    assert table.select(OP, batch=1, arch="sm_90", next_n=4, **PROBLEM).head_slice == 64
+    assert table.select(OP, batch=1, arch="sm_90", next_n=4, **PROBLEM).tuning.head_slice == 64
     for other in ({"arch": "sm_80"}, {"arch": "any"}, {"arch": "sm_90", "backend": "triton"}):
         with pytest.raises(TableError, match=r"has no (cuda|triton) row"):
             table.select(OP, batch=1, next_n=4, **PROBLEM, **other)
@@ -423,4 +408,61 @@ def test_row_of_another_arch_or_backend_is_no_row(file):
 
 def test_buckets_are_buckets(file):
     (bucket,) = load(file, [ROW]).buckets
-    assert bucket == Bucket(variant=Variant(op=OP, overlap=False, **ROW), row=1, line=FIRST_LINE)
+    tuning = SPEC.tuning(reduce_warps=8, head_slice=64)
+    variant = Variant(problem=problem(overlap=False), backend="cuda", tuning=tuning)
+    assert bucket == Bucket(variant=variant, row=1, line=FIRST_LINE, section=OP)
+
+
+def test_select_takes_problem_fields_with_a_default_from_it(file):
+    own = ROW | {"compress_ratio": 4, "reduce_warps": 1}
+    table = load(file, [own])
+    fields = {**PROBLEM, "compress_ratio": 4, "next_n": 4}
+    variant = table.select(OP, batch=1, **fields)
+    assert variant.problem.overlap is True
+    assert variant == table.select(OP, batch=1, overlap=True, **fields)
+    with pytest.raises(TableError, match="has no cuda row"):
+        table.select(OP, batch=1, overlap=False, **fields)
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(100, 100, 100), (1000, 1000, 30)])
+def test_a_row_that_stands_for_too_many_variants_is_refused_unexpanded(file, monkeypatch, sizes):
+    monkeypatch.setattr(table_module, "_variant", None)  # a single expansion would call it
+    head_dims, ratios, widths = (list(range(8, 8 * count + 1, 8)) for count in sizes)
+    row = ROW | {"head_dim": head_dims, "compress_ratio": ratios, "head_slice": widths}
+    error = refused(file, [row])
+    assert error.row == f"{OP} row 1 (line {FIRST_LINE})"
+    assert f"stands for {math.prod(sizes)} variants; legal: at most 50000" in str(error)
+    assert len(str(error)) < 300
+
+
+def test_the_limit_holds_for_all_rows_together(file, monkeypatch):
+    monkeypatch.setattr(table_module, "MAX_BUCKETS", 8)
+    rows = [ROW | {"head_dim": n, "next_n": [1, 2, 3, 4]} for n in (64, 128, 256)]
+    assert len(load(file, rows[:2]).buckets) == 8
+    error = refused(file, rows)
+    assert error.row == f"{OP} row 3 (line {FIRST_LINE + 2})"
+    assert "stands for 4 variants; legal: at most 8 in a table" in str(error)
+
+
+# ---- symbols -------------------------------------------------------------------------------------
+
+
+def test_two_variants_with_one_symbol_are_refused(file, monkeypatch):
+    rows = [ROW | {"max_batch": 8}, ROW | {"min_batch": 9, "reduce_warps": 4, "head_slice": 64}]
+    assert len({variant.symbol for variant in load(file, rows).variants}) == 2
+    monkeypatch.setattr(Field, "symbol_part", without_part_of("reduce_warps"))
+    error = refused(file, rows)
+    assert error.row == f"{OP} row 2 (line {FIRST_LINE + 1})"
+    assert "has the symbol paged_kv_compress_hd512_r128_bf16_fp32_n4_s64, which an" in str(error)
+    # One variant in several rows is one kernel.
+    same = [ROW | {"max_batch": 8}, ROW | {"min_batch": 9}]
+    assert len(load(file, same).variants) == 1
+
+
+def without_part_of(name):
+    """Field.symbol_part, with no part for one field."""
+    symbol_part = Field.symbol_part
+    return lambda field, value: None if field.name == name else symbol_part(field, value)

@@ -1,28 +1,36 @@
 import dataclasses
 import itertools
-import pickle
 import re
 
 import pytest
+from strategies import OP
 
-from kvfold.codegen import Bucket, TableError, Variant
+from kvfold.codegen import Bucket, Group, Launch, TableError, Variant, op_spec
+from kvfold.ops.paged_kv_compress.spec import Problem, Tuning, window_shape
 
 PRODUCTION = Variant(
-    op="paged_kv_compress",
-    head_dim=512,
-    compress_ratio=128,
-    overlap=False,
-    kv_dtype="bf16",
-    state_dtype="fp32",
-    next_n=4,
+    problem=Problem(
+        head_dim=512, compress_ratio=128, kv_dtype="bf16", state_dtype="fp32", next_n=4
+    ),
     backend="cuda",
-    reduce_warps=8,
-    head_slice=64,
+    tuning=Tuning(reduce_warps=8, head_slice=64),
 )
 
 
 def make(**changes) -> Variant:
-    return dataclasses.replace(PRODUCTION, **changes)
+    """PRODUCTION with other values of problem fields, tuning fields or backend."""
+    backend = changes.pop("backend", PRODUCTION.backend)
+    parts = {}
+    for part in ("problem", "tuning"):
+        fields = getattr(PRODUCTION, part)
+        names = fields.values().keys() & changes.keys()
+        parts[part] = dataclasses.replace(fields, **{name: changes.pop(name) for name in names})
+    assert not changes
+    return Variant(backend=backend, **parts)
+
+
+def bucket(variant=PRODUCTION, **fields) -> Bucket:
+    return Bucket(variant=variant, **{"row": 1, "line": 1, "section": OP, **fields})
 
 
 def refused(call, *args, **kwargs) -> TableError:
@@ -60,9 +68,10 @@ def test_symbols_are_unique_c_identifiers():
     assert all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", symbol) for symbol in symbols)
 
 
-def test_key_problem_tuning():
-    assert PRODUCTION.key == (512, 128, False, "bf16", "fp32", 4)
-    assert PRODUCTION.problem == {
+def test_problem_and_tuning():
+    assert PRODUCTION.op == OP
+    assert PRODUCTION.spec is op_spec(OP)
+    assert PRODUCTION.problem.values() == {
         "head_dim": 512,
         "compress_ratio": 128,
         "overlap": False,
@@ -70,43 +79,72 @@ def test_key_problem_tuning():
         "state_dtype": "fp32",
         "next_n": 4,
     }
-    assert PRODUCTION.tuning == {
-        "backend": "cuda",
-        "schedule": "direct",
-        "reduce_warps": 8,
-        "head_slice": 64,
-        "min_ctas": 1,
-    }
+    assert PRODUCTION.tuning.values() == {"reduce_warps": 8, "head_slice": 64, "min_ctas": 1}
+
+
+def test_a_problem_has_keyword_arguments_only():
+    values = PRODUCTION.problem.values()
+    with pytest.raises(TypeError, match="positional argument"):
+        Problem(*values.values())
+    assert Problem(**dict(reversed(values.items()))) == PRODUCTION.problem
+
+
+def test_swapped_dtypes_are_another_problem():
+    swapped = make(kv_dtype="fp32", state_dtype="bf16")
+    assert swapped.problem != PRODUCTION.problem
+    assert swapped != PRODUCTION
+    assert swapped.symbol == "paged_kv_compress_hd512_r128_fp32_bf16_n4_w8_s64"
+    assert len({bucket(one).group for one in (swapped, PRODUCTION)}) == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "vector", "slices", "threads", "shared_bytes"),
+    ("changes", "vector", "lanes", "threads", "shared_bytes"),
     [
-        ({}, 4, 8, 256, 128 * 64 * 8),  # the partials lie where the rows were
+        ({}, 4, 16, 256, 128 * 64 * 8),  # the partials lie where the rows were
         ({"state_dtype": "bf16"}, 8, 8, 256, 12 * 8 * 64),  # four rows a thread: in registers
-        # ... and fetched ahead: rows, two sets of new rows, two of partials, the list and its bits.
+        ({"reduce_warps": 1}, 4, 16, 32, 2 * 16 * 64 * 8),  # a leaf of 16 rows per half warp
+        ({"reduce_warps": 1, "overlap": True}, 4, 16, 32, 2 * 16 * 64 * 8),
+        ({"head_slice": 4}, 4, 1, 256, 12 * 8 * 4),
+        ({"head_slice": 256}, 4, 64, 512, 128 * 256 * 8),
+        ({"head_slice": 512, "state_dtype": "bf16"}, 8, 64, 512, 128 * 512 * 4),
+        ({"compress_ratio": 100}, 4, 16, 256, 128 * 64 * 8),
+        ({"compress_ratio": 4, "overlap": True, "reduce_warps": 1}, 4, 16, 32, 0),
         (
-            {"state_dtype": "bf16", "schedule": "persistent"},
-            8,
-            8,
-            256,
-            256 * 4 * 2 * 16 + 2 * 4 * 64 * (2 + 2 + 4) + 2 * 12 * 8 * 64 + 2 * 480 + 480 // 8,
+            {"compress_ratio": 4, "overlap": True, "reduce_warps": 1, "head_slice": 128},
+            4,
+            32,
+            32,
+            8 * 128 * 8,
         ),
-        ({"reduce_warps": 1}, 4, 8, 32, 2 * 16 * 64 * 8),  # a leaf of 16 rows per half warp
-        ({"reduce_warps": 1, "overlap": True}, 4, 8, 32, 2 * 16 * 64 * 8),
-        ({"head_slice": 4}, 4, 128, 256, 12 * 8 * 4),
-        ({"head_slice": 256}, 4, 2, 512, 128 * 256 * 8),
-        ({"head_slice": 512, "state_dtype": "bf16"}, 8, 1, 512, 128 * 512 * 4),
-        ({"compress_ratio": 100}, 4, 8, 256, 128 * 64 * 8),
-        ({"head_slice": 256, "backend": "triton"}, 4, 2, 256, 0),
     ],
 )
-def test_derived(changes, vector, slices, threads, shared_bytes):
+def test_threads_and_shared_memory(changes, vector, lanes, threads, shared_bytes):
     variant = make(**changes)
-    assert variant.vector == vector
-    assert variant.slices == slices
-    assert variant.threads == threads
-    assert variant.shared_bytes == shared_bytes
+    shape = window_shape(variant.problem, variant.tuning)
+    assert (shape.vector, shape.lanes) == (vector, lanes)
+    assert variant.launch.threads == threads
+    assert variant.launch.shared_bytes == shared_bytes
+
+
+def test_a_triton_variant_has_the_threads_of_its_warps_and_no_shared_memory_of_ours():
+    variant = make(head_slice=256, min_ctas=2, backend="triton")
+    assert variant.launch == Launch(threads=256, min_ctas=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "items"),
+    [
+        ({}, 1),  # a row of 4 columns and ape takes 32 of the 128 bytes, and there are 4 rows
+        ({"next_n": 2}, 2),
+        ({"next_n": 1}, 4),
+        ({"next_n": 1, "kv_dtype": "fp32"}, 128 // (4 * (2 * 4 + 4))),
+        ({"next_n": 1, "state_dtype": "bf16"}, 128 // (8 * (2 * 2 + 4))),
+        ({"next_n": 16}, 1),
+        ({"next_n": 1, "min_ctas": 3}, 1),  # 85 registers per thread: too few
+    ],
+)
+def test_items_that_a_storing_thread_has_at_once(changes, items):
+    assert make(**changes).launch.constants == {"items_at_once": items}
 
 
 @pytest.mark.parametrize(
@@ -118,26 +156,11 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
         ({"overlap": 1}, "overlap", "legal: false, true"),
         ({"kv_dtype": "fp16"}, "kv_dtype", 'kv_dtype = "fp16" is not accepted; legal: bf16, fp32'),
         ({"reduce_warps": 6}, "reduce_warps", "legal: 1, 2, 4, 8, 16, 32 (integer)"),
-        (
-            {"schedule": "persistent", "backend": "triton"},
-            "schedule",
-            "legal: direct",
-        ),
-        (
-            {"schedule": "persistent", "reduce_warps": 1},  # 64 rows to a thread
-            "reduce_warps",
-            "legal: 4, 8, 16, 32 (integer)",
-        ),
-        (
-            {"schedule": "persistent", "compress_ratio": 4096, "reduce_warps": 8},
-            "reduce_warps",
-            "legal: none",
-        ),
         ({"min_ctas": 33}, "min_ctas", "min_ctas = 33 is not accepted; legal: 1, 2, ..., 32"),
         (
             {"min_ctas": 7},  # of 256 threads each
             "min_ctas",
-            "is more than an SM takes of CTAs of 256 threads; legal: 1, 2, 3, 4, 5, 6 (int",
+            "is more CTAs of 256 threads than an SM takes; legal: 1, 2, 3, 4, 5, 6 (integer)",
         ),
         (
             {"head_slice": 48},
@@ -147,17 +170,17 @@ def test_derived(changes, vector, slices, threads, shared_bytes):
         (
             {"head_dim": 96, "head_slice": 48},
             "head_slice",
-            "is no width of a cuda CTA over fp32 state; legal: 4, 8, 16, 32 (integer)",
+            "is not the width of a cuda CTA over fp32 state; legal: 4, 8, 16, 32 (integer)",
         ),
         (
             {"head_slice": 4, "state_dtype": "bf16"},
             "head_slice",
-            "is no width of a cuda CTA over bf16 state; legal: 8, 16, 32, 64, 128, 256, 512",
+            "is not the width of a cuda CTA over bf16 state; legal: 8, 16, 32, 64, 128, 256, 512",
         ),
         (
             {"head_dim": 384, "head_slice": 384, "backend": "triton"},
             "head_slice",
-            "is no width of a triton CTA over fp32 state; legal: 4, 8, 16, 32, 64, 128 (integer)",
+            "is not the width of a triton CTA over fp32 state; legal: 4, 8, 16, 32, 64, 128 (int",
         ),
         (
             {"head_slice": 256, "reduce_warps": 32},
@@ -194,32 +217,31 @@ def test_shared_memory_limit_of_arch(arch, kib):
     for needed in range(16, 257, 16):  # KiB; 128 columns of 16 rows take 16
         width = 8 * needed
         variant = make(head_dim=width, head_slice=width, compress_ratio=16, reduce_warps=1)
-        assert variant.shared_bytes == 1024 * needed
+        assert variant.launch.shared_bytes == 1024 * needed
         if needed <= kib:
-            Bucket(variant=variant, arch=arch, row=1, line=1)
+            assert bucket(variant, arch=arch).variant == variant
             continue
-        error = refused(Bucket, variant=variant, arch=arch, row=1, line=1)
+        error = refused(bucket, variant, arch=arch)
         assert (error.field, error.value) == ("head_slice", width)
         assert f"takes {1024 * needed} bytes" in str(error)
         assert f"arch {arch} has {1024 * kib}" in str(error)
 
 
-def test_shared_memory_names_the_slices_that_fit():
-    error = refused(
-        make(head_dim=2048, head_slice=2048, compress_ratio=16, reduce_warps=1).check_shared, "any"
-    )
-    assert error.legal == "4, 8, 16, 32, 64, 128, 256, 512 (integer)"
-    for width in map(int, error.legal.removesuffix(" (integer)").split(", ")):
-        make(head_dim=2048, head_slice=width, compress_ratio=16, reduce_warps=1).check_shared("any")
+def test_shared_memory_names_the_field_that_makes_it_smaller():
+    wide = make(head_dim=2048, head_slice=2048, compress_ratio=16, reduce_warps=1)
+    error = refused(wide.check_arch, "any")
+    assert (error.field, error.value) == ("head_slice", 2048)
+    assert error.legal == "a value that takes less"
+    make(head_dim=2048, head_slice=512, compress_ratio=16, reduce_warps=1).check_arch("any")
 
 
 @pytest.mark.parametrize(
     ("given", "field", "words"),
     [
-        ({"min_batch": 0}, "min_batch", "min_batch = 0 is not accepted; legal: 1, 2, ..."),
-        ({"max_batch": True}, "max_batch", "max_batch = true is not accepted"),
+        ({"min_size": 0}, "min_batch", "min_batch = 0 is not accepted; legal: 1, 2, ..."),
+        ({"max_size": True}, "max_batch", "max_batch = true is not accepted"),
         (
-            {"min_batch": 9, "max_batch": 8},
+            {"min_size": 9, "max_size": 8},
             "max_batch",
             "max_batch = 8 is below min_batch 9: the row is never reached; legal: 9 or more",
         ),
@@ -228,30 +250,24 @@ def test_shared_memory_names_the_slices_that_fit():
     ],
 )
 def test_bucket_refuses_what_is_never_reached(given, field, words):
-    error = refused(Bucket, variant=PRODUCTION, row=1, line=1, **given)
+    error = refused(bucket, **given)
     assert error.field == field
     assert words in str(error)
 
 
 def test_bucket_names_its_group_and_row():
-    bucket = Bucket(variant=PRODUCTION, arch="sm_90", row=3, line=14)
-    assert bucket.group == (
-        "paged_kv_compress",
-        "cuda",
-        "sm_90",
-        512,
-        128,
-        False,
-        "bf16",
-        "fp32",
-        4,
+    own = bucket(arch="sm_90", row=3, line=14)
+    assert own.group == Group(problem=PRODUCTION.problem, backend="cuda", arch="sm_90")
+    assert str(own.group) == (
+        "head_dim 512, compress_ratio 128, overlap false, kv_dtype bf16, state_dtype fp32,"
+        " next_n 4, cuda, arch sm_90"
     )
-    assert bucket.where == "paged_kv_compress row 3 (line 14)"
+    assert own.where == "paged_kv_compress row 3 (line 14)"
+    assert bucket(row=2, line=9, section=f"tuned {OP}").where == f"tuned {OP} row 2 (line 9)"
 
 
-def test_error_says_all_it_knows_and_pickles():
-    error = TableError("is bad", file="t.yaml", row="r", field="next_n", value=[1, "x"], legal="1")
-    assert str(error) == 't.yaml: r: next_n = [1, "x"] is bad; legal: 1'
-    assert str(TableError("is bad")) == "is bad"
-    again = pickle.loads(pickle.dumps(error))
-    assert (str(again), vars(again)) == (str(error), vars(error))
+def test_bucket_serves_its_range():
+    bounded, open_ended = bucket(min_size=3, max_size=5), bucket(min_size=3)
+    assert [size for size in range(1, 9) if bounded.serves(size)] == [3, 4, 5]
+    assert [size for size in (2, 3, 10**9) if open_ended.serves(size)] == [3, 10**9]
+    assert (bounded.range, open_ended.range) == ("3-5", "3+")

@@ -1,8 +1,8 @@
-"""The end of a copy that is made when the test says so, or when it is waited for."""
+"""A stand-in for a CUDA event, which is done when the test sets it or when it is waited for."""
 
 
 class Event:
-    """Fails the test if it is waited for though it is done."""
+    """Fails the test if it is waited for although it is done."""
 
     def __init__(self, done=False):
         self.done = done

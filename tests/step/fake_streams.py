@@ -1,7 +1,7 @@
-"""Streams, events and graph captures without a GPU: work is done in any order that they allow.
+"""Stand-ins for CUDA streams, events and graph captures, which need no GPU.
 
-A missing wait then shows as a wrong value in some of many random orders, where a GPU would show it
-on a bad day.
+Enqueued work is run in a random order out of those that streams and events allow. A missing wait
+then gives a wrong value in some of many orders. On a GPU it would do so rarely.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvfold.step import prefetch
+from kvfold.step import device_buffer, segments, streams
 
 
 class Work:
-    """Something queued, to be run after other work."""
+    """One enqueued operation, which runs after other operations."""
 
     def __init__(self, run: Callable[[], None], after: frozenset[Work]) -> None:
         self.run = run
@@ -26,16 +26,16 @@ class Work:
 
 
 class Capture:
-    """Work that waits to be replayed."""
+    """The operations of a captured graph."""
 
     def __init__(self) -> None:
         self.work: list[Work] = []
-        self.streams: dict[Stream, frozenset[Work]] = {}  # what each waited for before
+        self.streams: dict[Stream, frozenset[Work]] = {}  # their last work before the capture
         self.end: frozenset[Work] = frozenset()
 
 
 class Device:
-    """What is queued on all streams."""
+    """All streams and their enqueued work."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -65,7 +65,7 @@ class Device:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Capture]:
-        """As torch.cuda.graph: after all work so far, on a stream of its own."""
+        """Like torch.cuda.graph: waits for all work so far, and captures on a stream of its own."""
         self.synchronize()
         self.capture = capture = Capture()
         before, self.current = self.current, Stream(self)
@@ -86,7 +86,7 @@ class Device:
         assert joined >= set(capture.work), "a capture ended with work that was not joined"
 
     def replay(self, capture: Capture) -> None:
-        """Queues the captured work on the current stream."""
+        """Enqueues the captured work on the current stream."""
         before, copies = self.current.last, {}
         for work in capture.work:
             copies[work] = Work(work.run, before | {copies[other] for other in work.after})
@@ -125,9 +125,9 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         if event.capture is not None and self.capture is None:
-            assert event.capture is self.device.capture, "an event of a capture that has ended"
+            assert event.capture is self.device.capture, "the event is of a capture that has ended"
             self.enter(event.capture)
-        assert event.capture is self.capture, "an event from outside of the capture"
+        assert event.capture is self.capture, "the event is from outside of the capture"
         self.last = self.last | event.last
 
     def wait_stream(self, other: Stream) -> None:
@@ -135,17 +135,17 @@ class Stream:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, seed: int) -> Device:
-    """Puts a fake device under kvfold.step.prefetch."""
+    """Replaces the device that kvfold.step.prefetch uses by a fake one."""
     device = Device(seed)
 
     def copy(to: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        to.add_(0)  # a copy changes the version when it is queued
+        to.add_(0)  # a copy changes the version when it is enqueued
         a, b = to.detach().numpy(), source.detach().numpy()
-        half = len(a) // 2  # it takes a while
+        half = len(a) // 2  # in two parts, between which other work may run
         stream.push(lambda: a.__setitem__(slice(half), b[:half]))
         stream.push(lambda: a.__setitem__(slice(half, None), b[half:]))
 
-    host = prefetch._host
+    host_tensor = segments.host_tensor
     monkeypatch.setattr(torch.cuda, "Stream", lambda _=None: Stream(device))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: device.current)
     monkeypatch.setattr(
@@ -153,9 +153,9 @@ def install(monkeypatch: pytest.MonkeyPatch, seed: int) -> Device:
     )
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(prefetch, "_copy", copy)
-    monkeypatch.setattr(prefetch, "_host", lambda tensor, pin: host(tensor, False))
+    monkeypatch.setattr(streams, "copy", copy)
+    monkeypatch.setattr(segments, "host_tensor", lambda tensor, pin: host_tensor(tensor, False))
     monkeypatch.setattr(
-        prefetch, "_allocate", lambda nbytes, _: torch.zeros(nbytes, dtype=torch.uint8)
+        device_buffer, "_allocate", lambda nbytes, _: torch.zeros(nbytes, dtype=torch.uint8)
     )
     return device

@@ -1,4 +1,4 @@
-"""What a capture raises, and what it leaves behind: with stand-ins for torch's graphs, no GPU."""
+"""What a failed capture raises and cleans up, with stand-ins for torch's graphs; needs no GPU."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ class Graph:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is done to torch's allocator, and how often a capture began; how captures end."""
+    """Records the calls to torch's allocator and counts captures. "end_fails": their end raises."""
     seen = {"ended": [], "released": [], "begun": 0, "end_fails": False}
 
     @contextlib.contextmanager
@@ -54,7 +54,7 @@ def test_a_capture_gives_the_graph_and_what_the_body_returned(calls):
 
 @pytest.mark.parametrize("end_fails", [False, True])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_the_bodys_own_error_is_raised_whatever_it_came_from(calls, error, end_fails):
+def test_the_error_of_the_body_is_raised_whatever_its_context(calls, error, end_fails):
     def body():
         try:
             raise KeyError("before it")
@@ -64,22 +64,22 @@ def test_the_bodys_own_error_is_raised_whatever_it_came_from(calls, error, end_f
     calls["end_fails"] = end_fails
     with pytest.raises(error, match="the body's"):
         capture(None, body)
-    with pytest.raises(error, match="the body's"):  # though the caller is handling something
+    with pytest.raises(error, match="the body's"):  # while the caller handles another exception
         try:
             raise OSError
         except OSError:
             capture(None, body)
 
 
-def test_a_failed_end_is_raised_and_mended(calls):
+def test_after_a_failed_end_torch_is_cleaned_up(calls):
     calls["end_fails"] = True
     with pytest.raises(RuntimeError, match="the end of the capture"):
         capture(None, lambda: 1)
     assert calls["ended"] == calls["released"] == [(0, 7)]
-    assert calls["begun"] == 2  # another one, for the random numbers
+    assert calls["begun"] == 2  # another capture resets the random number generator
 
 
-def test_what_has_ended_is_not_released(calls, monkeypatch):
+def test_an_allocation_that_torch_has_ended_is_not_released(calls, monkeypatch):
     def refuse(device, pool):
         raise RuntimeError("not currently recording to mempool_id")
 
@@ -89,7 +89,15 @@ def test_what_has_ended_is_not_released(calls, monkeypatch):
     assert calls["released"] == []
 
 
-def test_what_a_failed_body_had_goes_without_the_collector(calls):
+def test_a_torch_without_the_private_functions_raises_the_error_of_the_body(calls, monkeypatch):
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.delattr(module.torch._C, name)
+    with pytest.raises(KeyError, match="x"):
+        capture(None, lambda: {}["x"])
+    assert calls["begun"] == 2
+
+
+def test_the_tensors_of_a_failed_body_are_freed_without_the_garbage_collector(calls):
     held = []
 
     def body():

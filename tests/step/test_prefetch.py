@@ -1,4 +1,4 @@
-"""Segments on a CPU: what is adopted, what comes home, and what is refused."""
+"""SegmentPrefetcher on a CPU: prefetches, write-backs and errors."""
 
 import dataclasses
 import logging
@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from kvfold.step import prefetch
+from kvfold.step import device_buffer
 from kvfold.step.prefetch import PrefetchCounters, SegmentPrefetcher
 
 BIG = 1 << 20
@@ -38,7 +38,7 @@ def counts(prefetcher):
     return prefetcher.counters.adopted, prefetcher.counters.missed
 
 
-def test_in_order_all_but_the_first_are_adopted_and_all_come_home():
+def test_in_order_all_but_the_first_are_prefetched_and_all_are_written_back():
     given = make()
     prefetcher = SegmentPrefetcher(given, "cpu", BIG, write_back=True)
     for _ in range(5):
@@ -51,17 +51,17 @@ def test_in_order_all_but_the_first_are_adopted_and_all_come_home():
         assert_same(segment, {name: tensor + 5 for name, tensor in before.items()})
     assert prefetcher.counters == PrefetchCounters(29, 1, 31 * NBYTES, 0.0)
     for segment, before in zip(given, make(), strict=True):
-        assert_same(segment, before)  # the caller's tensors are copied once, not written
+        assert_same(segment, before)  # the caller's tensors are not written
 
 
-def test_out_of_order_is_right_and_counted():
+def test_segments_out_of_order_are_right_and_counted():
     prefetcher = SegmentPrefetcher(make(), "cpu", BIG)
     for index in (3, 4, 1, 1, 2, 5, 0):
         assert_same(visit(prefetcher, index), make()[index])
-    assert counts(prefetcher) == (3, 4)  # 4, 2 and 0 follow what was before them
+    assert counts(prefetcher) == (3, 4)  # 4, 2 and 0 follow the segment before them
 
 
-def test_without_write_back_a_bodys_change_is_lost():
+def test_without_write_back_the_changes_of_a_body_are_lost():
     prefetcher = SegmentPrefetcher(make(2), "cpu", BIG)
     for index in (0, 1, 0, 0):
         with prefetcher.segment(index) as tensors:
@@ -71,7 +71,7 @@ def test_without_write_back_a_bodys_change_is_lost():
         assert_same(segment, before)
 
 
-def test_a_host_tensor_changed_after_its_prefetch_is_copied_again():
+def test_a_segment_that_changes_after_its_prefetch_is_copied_again():
     prefetcher = SegmentPrefetcher(make(), "cpu", BIG)
     visit(prefetcher, 0)
     prefetcher.segments[1]["weight"].fill_(7)
@@ -113,7 +113,7 @@ def test_a_body_that_raises_loses_nothing(write_back):
     assert counts(prefetcher) == (1, 1)
 
 
-def test_one_segment_may_be_open_and_stays_valid():
+def test_while_a_segment_is_open_no_other_begins():
     prefetcher = SegmentPrefetcher(make(), "cpu", BIG)
     early = prefetcher.segment(2)
     with prefetcher.segment(0) as tensors:
@@ -127,13 +127,13 @@ def test_one_segment_may_be_open_and_stays_valid():
 
 
 @pytest.mark.parametrize("index", [-1, 6, 100])
-def test_an_index_out_of_range(index):
+def test_an_index_out_of_range_is_an_error(index):
     prefetcher = SegmentPrefetcher(make(), "cpu", BIG)
     with pytest.raises(IndexError, match=rf"segment {index} of 6"):
         prefetcher.segment(index)
 
 
-def test_a_segment_larger_than_the_budget():
+def test_a_segment_larger_than_the_budget_is_an_error():
     with pytest.raises(ValueError, match=r"segment 2 takes 512 bytes .* budget_bytes is 511"):
         SegmentPrefetcher(
             [{}, {"a": torch.zeros(1)}, {"a": torch.zeros(65)}, make()[0]], "cpu", 511
@@ -142,10 +142,10 @@ def test_a_segment_larger_than_the_budget():
 
 @pytest.fixture
 def allocated(monkeypatch):
-    """Sizes in bytes of the device buffers; the one that `fails` (counted from 0) has no room."""
+    """Sizes in bytes of the device buffers. Allocation number `fails`, from 0, is out of memory."""
     sizes = []
     sizes_and_fails = {"sizes": sizes, "fails": None}
-    allocate = prefetch._allocate
+    allocate = device_buffer._allocate
 
     def watched(nbytes, device):
         if len(sizes) == sizes_and_fails["fails"]:
@@ -153,12 +153,14 @@ def allocated(monkeypatch):
         sizes.append(nbytes)
         return allocate(nbytes, device)
 
-    monkeypatch.setattr(prefetch, "_allocate", watched)
+    monkeypatch.setattr(device_buffer, "_allocate", watched)
     return sizes_and_fails
 
 
 @pytest.mark.parametrize(("budget", "fails"), [(1023, None), (1024, 1)])
-def test_with_one_buffer_all_are_copied_late_which_is_said_once(budget, fails, allocated, caplog):
+def test_with_one_buffer_nothing_is_prefetched_and_one_warning_says_so(
+    budget, fails, allocated, caplog
+):
     allocated["fails"] = fails
     prefetcher = SegmentPrefetcher(make(), "cpu", budget, write_back=True)
     for _ in range(2):
@@ -181,7 +183,7 @@ def test_two_buffers_of_the_largest_segment_fit_the_budget_exactly(allocated, ca
     assert not caplog.records
 
 
-def test_any_shape_and_dtype_at_aligned_places():
+def test_tensors_of_any_shape_and_dtype_are_aligned():
     segment = {
         "scalar": torch.tensor(3.5, dtype=torch.float64),
         "empty": torch.zeros(0, 4),
@@ -206,7 +208,7 @@ def test_any_shape_and_dtype_at_aligned_places():
     assert torch.equal(prefetcher.segments[0]["turned"], segment["turned"] + 1)
 
 
-def test_join_forgets_what_was_prefetched():
+def test_join_drops_what_was_prefetched():
     prefetcher = SegmentPrefetcher(make(), "cpu", BIG)
     visit(prefetcher, 0)
     prefetcher.join()
@@ -218,6 +220,8 @@ def test_join_forgets_what_was_prefetched():
     ("segments", "device", "message"),
     [
         ([], "cpu", "segments is empty; accepted"),
+        ((segment for segment in ()), "cpu", "segments is empty; accepted: one dict of CPU"),
+        ({"a": torch.zeros(1)}, "cpu", "segment 0 is a str; accepted: a dict of CPU tensors"),
         ([{}, [torch.zeros(1)]], "cpu", "segment 1 is a list; accepted: a dict of CPU tensors"),
         ([{"a": 3}], "cpu", "'a' of segment 0 is a int; accepted: a strided tensor on 'cpu'"),
         ([{"a": torch.zeros(1, device="meta")}], "cpu", "on 'meta'; accepted: a strided tensor"),
@@ -229,12 +233,19 @@ def test_join_forgets_what_was_prefetched():
         ([{"a": torch.zeros(1)}], "meta", "device is 'meta'; accepted: a CUDA device or 'cpu'"),
     ],
 )
-def test_wrong_arguments(segments, device, message):
+def test_wrong_arguments_are_refused(segments, device, message):
     with pytest.raises(ValueError, match=message):
         SegmentPrefetcher(segments, device, BIG)
 
 
-def test_closed_is_closed_and_the_segments_stay():
+def test_segments_may_come_from_a_generator():
+    with SegmentPrefetcher((segment for segment in make()), "cpu", BIG) as prefetcher:
+        for index in range(6):
+            assert_same(visit(prefetcher, index), make()[index])
+        assert counts(prefetcher) == (5, 1)
+
+
+def test_a_closed_prefetcher_is_not_usable_and_its_segments_stay():
     with SegmentPrefetcher(make(), "cpu", BIG, write_back=True) as prefetcher:
         early = prefetcher.segment(1)
         with prefetcher.segment(0) as tensors:

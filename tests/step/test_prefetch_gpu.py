@@ -1,4 +1,4 @@
-"""Segments on a GPU: streams, events and graphs; the results are those of a CPU."""
+"""SegmentPrefetcher on a GPU: streams, events and graphs give the results of a CPU."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import gate
 import pytest
 import torch
 
-from kvfold.step import prefetch
+from kvfold.step import device_buffer
 from kvfold.step.prefetch import SegmentPrefetcher
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,7 @@ def slow():
 
 
 def work(tensors, amount=1):
-    """Reads and writes at both ends of a slow stretch, so that a copy out of order is seen."""
+    """Reads and writes before and after a slow kernel, so that a copy out of order shows."""
     tensors["weight"].mul_(1.5)
     slow()
     tensors["weight"].add_(amount)
@@ -73,7 +73,7 @@ def capture(prefetcher, **kwargs):
 
 
 @pytest.mark.parametrize("own_stream", [True, False])
-def test_slow_bodies_lose_no_write_back(prefetcher, own_stream):
+def test_write_backs_of_slow_bodies_are_right(prefetcher, own_stream):
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with torch.cuda.stream(stream):
         loop(prefetcher, rounds=5)
@@ -84,7 +84,7 @@ def test_slow_bodies_lose_no_write_back(prefetcher, own_stream):
     assert counters.bytes == 31 * sum(t.nbytes for t in make()[0].values())
     assert counters.waited_us > 1000  # the host was ahead of 30 ms of work
     prefetcher.synchronize()
-    assert prefetcher.counters == counters  # nothing pending, nothing waited for
+    assert prefetcher.counters == counters  # nothing was pending, so there was no wait
 
 
 def test_segments_are_pinned_and_pinned_ones_are_not_copied():
@@ -111,14 +111,14 @@ def test_the_host_does_not_wait_in_segment(prefetcher):
 
 
 def test_the_next_segment_is_copied_while_a_body_runs(prefetcher):
-    """The copy ends while the body cannot; seen by the side stream."""
+    """The copy is done while the body still waits behind the gate."""
     with prefetcher.segment(0), gate.closed():
-        prefetcher._inbound.synchronize()
+        prefetcher._in_stream.synchronize()
         assert prefetcher.counters.bytes == 2 * sum(t.nbytes for t in make()[0].values())
         assert not torch.cuda.current_stream().query()
 
 
-def test_out_of_order(prefetcher):
+def test_segments_out_of_order_are_right(prefetcher):
     order = (3, 4, 4, 1, 1, 2, 0, 5, 0, 5, 4)
     loop(prefetcher, order, rounds=3)
     prefetcher.synchronize()
@@ -126,7 +126,7 @@ def test_out_of_order(prefetcher):
 
 
 def test_without_write_back_no_body_sees_the_next_segment():
-    """What a body reads after a slow stretch is still its own segment."""
+    """A body still reads its own segment after a slow kernel."""
     with SegmentPrefetcher(make(), "cuda", BIG) as prefetcher:
         seen = []
         for index in (0, 1, 2, 3, 4, 5, 0, 3, 1, 2):
@@ -150,7 +150,7 @@ def test_a_host_tensor_changed_between_rounds_is_seen(prefetcher):
     assert prefetcher.counters.missed == 2
 
 
-def test_one_pinned_tensor_in_two_segments():
+def test_one_pinned_tensor_may_be_in_two_segments():
     shared = torch.zeros(NUMEL).pin_memory()
     segments = [{"weight": shared, "state": torch.zeros(3)} for _ in range(2)]
     with SegmentPrefetcher(segments, "cuda", BIG, write_back=True) as prefetcher:
@@ -171,7 +171,7 @@ def test_a_body_that_raises_is_written_back(prefetcher):
 
 @pytest.fixture
 def no_second_buffer(monkeypatch):
-    allocate, calls = prefetch._allocate, []
+    allocate, calls = device_buffer._allocate, []
 
     def fails(nbytes, device):
         calls.append(nbytes)
@@ -179,15 +179,15 @@ def no_second_buffer(monkeypatch):
             raise torch.OutOfMemoryError("injected")
         return allocate(nbytes, device)
 
-    monkeypatch.setattr(prefetch, "_allocate", fails)
+    monkeypatch.setattr(device_buffer, "_allocate", fails)
 
 
 @pytest.mark.parametrize("budget", [8_000_000, BIG])
-def test_one_buffer(budget, request, caplog):
+def test_one_buffer_gives_the_same_results(budget, request, caplog):
     if budget == BIG:
         request.getfixturevalue("no_second_buffer")
     with SegmentPrefetcher(make(), "cuda", budget, write_back=True) as prefetcher:
-        size = prefetcher._buffers[0].flat.nbytes
+        size = prefetcher._buffers[0].memory.nbytes
         assert size <= 7_100_000 and len(prefetcher._buffers) == 1
         loop(prefetcher, rounds=2)
         prefetcher.synchronize()
@@ -217,7 +217,7 @@ def test_a_captured_loop_gives_the_same_as_eager(prefetcher):
     assert_same(prefetcher.segments, on_cpu(rounds=7))
 
 
-def test_rounds_and_order_in_one_capture(prefetcher):
+def test_a_capture_may_have_segments_in_any_order(prefetcher):
     order = (5, 0, 1, 3, 5, 2, 5)
     graph = capture(prefetcher, order=order, rounds=2)
     again = capture(prefetcher)  # right after another one
@@ -244,7 +244,7 @@ def test_a_capture_of_some_segments_is_joined_by_the_caller(prefetcher):
     assert_same(prefetcher.segments, on_cpu(order=(0, 1, 2)))
 
 
-def test_a_body_that_raises_leaves_a_capture_that_can_end(prefetcher):
+def test_a_capture_can_end_after_a_body_that_raises(prefetcher):
     graph = torch.cuda.CUDAGraph()
     error = pytest.raises(KeyError, match="mine")
     with torch.cuda.graph(graph), error, prefetcher.segment(0) as tensors:
@@ -301,7 +301,7 @@ def test_the_interpreter_exits_with_work_pending():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_segments_of_unequal_size_in_any_order():
+def test_segments_of_unequal_size_in_any_order_are_right():
     def unequal():
         return [
             {

@@ -1,4 +1,4 @@
-"""A ring's bookkeeping, against a model that only knows which bytes are taken."""
+"""The ring's bookkeeping, compared with a model that lists the bytes in use."""
 
 import pytest
 from fake_event import Event
@@ -18,7 +18,7 @@ def take(ring, size):
 
 
 def gaps(live, size, alignment):
-    """All offsets where `size` bytes overlap none of the live (offset, size) slots."""
+    """All offsets at which `size` bytes overlap no live slot (offset, size)."""
     return {
         offset
         for offset in range(0, CAPACITY - size + 1, alignment)
@@ -27,7 +27,7 @@ def gaps(live, size, alignment):
 
 
 def behind_or_first(live, size, alignment):
-    """Those of the gaps a ring can use: right behind the newest slot, or the start."""
+    """The gaps that a ring can use: right behind the newest slot, or at the start."""
     if not live:
         return {0}
     head = -(-sum(live[-1]) // alignment) * alignment
@@ -37,12 +37,12 @@ def behind_or_first(live, size, alignment):
     return free & ({head} if head + size <= CAPACITY else {0})
 
 
-# A step takes a slot of a size, then lets the events at some places among the live ones be done.
+# A step takes a slot of a size, then sets the events of some live slots to done.
 STEPS = st.lists(st.tuples(st.integers(1, CAPACITY), st.lists(st.integers(0, 7), max_size=3)))
 
 
 @given(STEPS, st.sampled_from([1, 4, 8]))
-def test_slots_never_overlap_and_are_given_back_in_order(steps, alignment):
+def test_slots_never_overlap_and_are_released_in_order(steps, alignment):
     ring = Ring(CAPACITY, alignment)
     live = []  # (offset, size, event), oldest first
     waits = high_water = 0
@@ -69,7 +69,7 @@ def test_slots_never_overlap_and_are_given_back_in_order(steps, alignment):
 
 
 @given(st.lists(st.integers(1, CAPACITY // 4), max_size=50), st.integers(0, 2))
-def test_a_ring_with_room_for_all_that_is_under_way_never_waits(sizes, under_way):
+def test_a_ring_with_room_for_all_live_slots_never_waits(sizes, under_way):
     ring, events = Ring(CAPACITY), []
     for size in sizes:  # at most half of the ring is in slots, and one skip wastes a fourth
         if len(events) > under_way:
@@ -81,7 +81,7 @@ def test_a_ring_with_room_for_all_that_is_under_way_never_waits(sizes, under_way
     assert not any(event.synchronized for event in events)
 
 
-def test_a_full_ring_waits_for_its_oldest_slot_alone():
+def test_a_full_ring_waits_only_for_its_oldest_slot():
     ring = Ring(CAPACITY)
     events = [take(ring, CAPACITY // 4)[1] for _ in range(4)]
     assert take(ring, CAPACITY // 4)[0] == 0
@@ -89,7 +89,7 @@ def test_a_full_ring_waits_for_its_oldest_slot_alone():
     assert (ring.waits, ring.high_water) == (1, CAPACITY)
 
 
-def test_a_slot_behind_one_that_is_not_done_is_kept():
+def test_a_slot_behind_one_that_is_not_done_is_not_released():
     ring = Ring(CAPACITY)
     first, second = (take(ring, CAPACITY // 2)[1] for _ in range(2))
     second.done = True
@@ -106,25 +106,25 @@ def test_the_tail_is_skipped_where_a_slot_does_not_fit():
     assert ring.waits == 0
 
 
-def test_reserving_takes_nothing():
+def test_reserve_takes_no_bytes():
     ring = Ring(CAPACITY)
     assert [ring.reserve(CAPACITY) for _ in range(3)] == [0, 0, 0]
     assert (ring.waits, ring.high_water) == (0, 0)
 
 
-def test_an_empty_ring_starts_over():
+def test_an_empty_ring_starts_at_offset_0():
     ring = Ring(CAPACITY)
     take(ring, 40)[1].done = True
     assert take(ring, CAPACITY)[0] == 0
 
 
 @pytest.mark.parametrize("size", [0, -1, CAPACITY + 1])
-def test_sizes_that_cannot_be_are_errors(size):
+def test_a_size_out_of_range_is_an_error(size):
     with pytest.raises(ValueError, match=rf"size is {size}; accepted: 1 to {CAPACITY}"):
         Ring(CAPACITY).reserve(size)
 
 
-def test_draining_waits_only_for_what_is_not_done():
+def test_drain_waits_only_for_slots_that_are_not_done():
     ring = Ring(CAPACITY)
     events = [take(ring, 8)[1] for _ in range(3)]
     events[1].done = True

@@ -1,10 +1,13 @@
-"""Looks for metadata that paged_kv_compress would pass over in silence."""
+"""Finds metadata that paged_kv_compress would pass over in silence."""
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
-from kvfold.ops.paged_kv_compress.op import OP, check_arguments
+from kvfold.ops.paged_kv_compress.spec import SPEC, Arguments
+from kvfold.runtime.arguments import check as check_arguments
 
 
 def check(
@@ -21,60 +24,70 @@ def check(
     compress_ratio: int,
     next_n: int,
 ) -> None:
-    """Checks the arguments of `paged_kv_compress` and what the metadata in them says.
+    """Checks the arguments of `paged_kv_compress` and the metadata in them.
 
-    The op itself never reads or writes outside its tensors, whatever the metadata: it skips what
-    it cannot place. This finds what it would skip. Synchronises; changes nothing.
+    The op never reads or writes outside its tensors, whatever the metadata: it skips what it cannot
+    place. This function finds what the op would skip, and pages that two requests both write. It
+    synchronises and changes nothing.
+
+    Args:
+        as those of `paged_kv_compress`.
 
     Raises:
-        ValueError: an argument as the op raises it, or metadata: request, field, value.
+        ValueError: an argument as the op raises it; or metadata: request, field, value.
     """
-    check_arguments(
-        kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output,
-        kv_lens, cu_seq_lens, cu_outputs, compress_ratio, next_n,
+    arguments = Arguments(
+        kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output, kv_lens,
+        cu_seq_lens, cu_outputs, compress_ratio, next_n,
     )  # fmt: skip
-    num_tokens, num_outputs = kv_score.shape[0], output.shape[0]
-    num_pages, page_size, state_dim = paged_kv.shape
-    max_pages = block_table_kv.shape[1]
-    overlap = state_dim != output.shape[1]
+    call = check_arguments(SPEC, arguments)
+    num_pages, page_size = call.dimensions["num_pages"], call.dimensions["page_size"]
+    max_pages = call.dimensions["max_pages"]
+    overlap = call.dimensions["state_dim"] != call.dimensions["head_dim"]
     tokens, outputs = cu_seq_lens.tolist(), cu_outputs.tolist()
     tables = {"block_table_kv": block_table_kv.cpu(), "block_table_score": block_table_score.cpu()}
+    writers: dict[tuple[str, int], int] = {}  # (table, physical page) -> request
 
     for request, length in enumerate(kv_lens.tolist()):
         begin, end = tokens[request : request + 2]
-        new = end - begin
-        start = length - new
-        if begin < 0 or end > num_tokens:
-            _refuse(request, "cu_seq_lens", [begin, end], f"within 0 .. num_tokens = {num_tokens}")
+        new, start = end - begin, length - (end - begin)
+        if begin < 0 or end > kv_score.shape[0]:
+            accepted = f"within 0 .. num_tokens = {kv_score.shape[0]}"
+            _refuse(request, "cu_seq_lens", [begin, end], accepted)
         if not 0 <= new <= next_n:
             _refuse(request, "cu_seq_lens", [begin, end], f"0 .. next_n = {next_n} new tokens")
-        if start < 0:
-            _refuse(request, "kv_lens", length, f">= its {new} new tokens")
         if not new:
             continue
+        if start < 0:
+            _refuse(request, "kv_lens", length, f">= its {new} new tokens")
+        if length > max_pages * page_size:
+            accepted = f"<= max_pages * page_size = {max_pages * page_size}"
+            _refuse(request, "kv_lens", length, accepted)
 
         closed = length // compress_ratio - start // compress_ratio
         first, limit = outputs[request : request + 2]
-        if closed and (first < 0 or first + closed > min(limit, num_outputs)):
-            rows = f"{closed} rows within 0 .. num_outputs = {num_outputs}"
-            _refuse(request, "cu_outputs", [first, limit], rows)
+        if closed and (first < 0 or first + closed > min(limit, output.shape[0])):
+            accepted = f"{closed} rows within 0 .. num_outputs = {output.shape[0]}"
+            _refuse(request, "cu_outputs", [first, limit], accepted)
 
-        if length > max_pages * page_size:
-            most = f"<= max_pages * page_size = {max_pages * page_size}"
-            _refuse(request, "kv_lens", length, most)
-        # The oldest row that is read or written: a window's first, where one closes.
+        # The oldest row that is read or written: if a window closes, its first.
         window = start // compress_ratio - int(overlap)
         oldest = max(0, window * compress_ratio) if closed else start
-        pages = slice(oldest // page_size, (length - 1) // page_size + 1)
-        for field, table in tables.items():
-            used = table[request, pages]
-            wrong = ((used < 0) | (used >= num_pages)).nonzero()
-            if len(wrong):
-                page = pages.start + int(wrong[0])
-                value = int(table[request, page])
-                legal = f"0 .. num_pages - 1 = {num_pages - 1}"
-                _refuse(request, f"{field}[{request}, {page}]", value, legal)
+        pages = range(oldest // page_size, (length - 1) // page_size + 1)
+        for name, table in tables.items():
+            physicals = table[request, pages.start : pages.stop].tolist()
+            for page, physical in zip(pages, physicals, strict=True):
+                field = f"{name}[{request}, {page}]"
+                if not 0 <= physical < num_pages:
+                    _refuse(request, field, physical, f"0 .. num_pages - 1 = {num_pages - 1}")
+                if page >= start // page_size:  # the request writes to it
+                    other = writers.setdefault((name, physical), request)
+                    if other != request:
+                        accepted = f"a page of its own: request {other} writes this one too"
+                        _refuse(request, field, physical, accepted)
 
 
-def _refuse(request: int, field: str, value: object, accepted: str):
-    raise ValueError(f"kvfold.{OP}: request {request}: {field} is {value}; accepted: {accepted}")
+def _refuse(request: int, field: str, value: object, accepted: str) -> NoReturn:
+    raise ValueError(
+        f"kvfold.{SPEC.name}: request {request}: {field} is {value}; accepted: {accepted}"
+    )

@@ -1,53 +1,38 @@
 """paged_kv_compress in torch, on any device: what CPU tensors run and what the kernels must match.
 
-It works on just the requests, rows and windows that have work, all at once. Finding those
-synchronises on a GPU, so it cannot be captured in a CUDA graph: the kernels are for that.
+It works on the requests, rows and windows that have work, all at once. To find them it
+synchronises, so it cannot be captured in a CUDA graph.
 """
 
 import torch
 from torch import Tensor
 
+from kvfold.ops.paged_kv_compress.spec import Arguments
+
 CHUNK = 1 << 20
 """Elements of state gathered at a time: bounds memory and stays in the caches."""
 
 
-def paged_kv_compress(
-    kv_score: Tensor,
-    ape: Tensor,
-    paged_kv: Tensor,
-    paged_score: Tensor,
-    block_table_kv: Tensor,
-    block_table_score: Tensor,
-    output: Tensor,
-    kv_lens: Tensor,
-    cu_seq_lens: Tensor,
-    cu_outputs: Tensor,
-    compress_ratio: int,
-    next_n: int,
-    prefetch_state: bool = False,
-) -> None:
+@torch.no_grad()
+def run(arguments: Arguments) -> None:
     """Stores every request's new rows in the paged state and writes the windows that they close.
 
     Args:
-        kv_score: [num_tokens, 2 * state_dim] bf16 or fp32, KV columns, then score columns.
-        ape: [compress_ratio, state_dim] fp32.
-        paged_kv, paged_score: [num_pages, page_size, state_dim] bf16 or fp32, written in place.
-        block_table_kv, block_table_score: [batch, max_pages] int32.
-        output: [num_outputs, head_dim] bf16 or fp32, written in place. Windows overlap where
-            state_dim is twice head_dim.
-        kv_lens: [batch] int32, tokens per request after this step.
-        cu_seq_lens, cu_outputs: [batch + 1] int32.
-        compress_ratio: tokens per window.
-        next_n: most new tokens of a request; one with more, or that makes no sense, is skipped.
-        prefetch_state: of no effect here.
+        arguments: checked; kvfold.paged_kv_compress documents them. prefetch_state has no effect,
+            and no gradient is recorded, as by the kernels.
     """
+    kv_score, ape, output = arguments.kv_score, arguments.ape, arguments.output
+    paged_kv, paged_score = arguments.paged_kv, arguments.paged_score
+    cu_seq_lens, cu_outputs = arguments.cu_seq_lens, arguments.cu_outputs
+    compress_ratio = arguments.compress_ratio
     head_dim, state_dim = output.size(1), paged_kv.size(2)
-    pages = (block_table_kv, block_table_score, paged_kv.size(0), paged_kv.size(1))
+    tables = arguments.block_table_kv, arguments.block_table_score
+    pages = (*tables, paged_kv.size(0), paged_kv.size(1))
 
     # In 64 bits, in which no sum of int32 metadata overflows.
-    begin, end, length = cu_seq_lens[:-1].long(), cu_seq_lens[1:].long(), kv_lens.long()
+    begin, end, length = cu_seq_lens[:-1].long(), cu_seq_lens[1:].long(), arguments.kv_lens.long()
     new = end - begin
-    valid = (begin >= 0) & (end <= kv_score.size(0)) & (new >= 0) & (new <= next_n)
+    valid = (begin >= 0) & (end <= kv_score.size(0)) & (new >= 0) & (new <= arguments.next_n)
     new = torch.where(valid & (new <= length), new, 0)
     start = length - new
 
@@ -81,7 +66,7 @@ def paged_kv_compress(
         position = window[at, None] * compress_ratio + offset
         present, page_kv, page_score, slot = _locate(request[at, None], position, *pages)
         column = part.expand_as(present)[present]
-        kv = torch.zeros(*present.shape, head_dim, device=kv_score.device)
+        kv = torch.zeros(*present.shape, head_dim, dtype=torch.float32, device=kv_score.device)
         kv[present] = kv_parts[page_kv, slot, column].float()
         score = torch.full_like(kv, -torch.inf)
         score[present] = score_parts[page_score, slot, column].float()

@@ -1,75 +1,55 @@
 """paged_kv_compress in Triton: one program per request and head_slice of its columns."""
+# Triton's language is not Python's: annotations say how the compiler takes an argument.
+# pyright: reportInvalidTypeForm=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportRedeclaration=false
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kvfold.codegen import Variant
-from kvfold.codegen.variant import SM_REGISTERS
+from kvfold.codegen.gpu import SM_REGISTERS
+from kvfold.ops.paged_kv_compress.spec import Arguments
+
+# Triton's default of enable_fp_fusion depends on its version.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 def register_cap(variant: Variant) -> int | None:
     """Registers per thread with which min_ctas programs fit in an SM; None for no cap."""
-    cap = SM_REGISTERS // (variant.threads * variant.min_ctas) // 8 * 8  # they come in eights
+    threads = variant.launch.threads * variant.launch.min_ctas
+    cap = SM_REGISTERS // threads // 8 * 8  # registers are allocated in eights
     return cap if cap < 256 else None  # which no thread exceeds anyway
 
 
-def launch(
-    variant: Variant,
-    kv_score: Tensor,
-    ape: Tensor,
-    paged_kv: Tensor,
-    paged_score: Tensor,
-    block_table_kv: Tensor,
-    block_table_score: Tensor,
-    output: Tensor,
-    kv_lens: Tensor,
-    cu_seq_lens: Tensor,
-    cu_outputs: Tensor,
-    compress_ratio: int,
-    next_n: int,
-    prefetch_state: bool = False,
-) -> None:
-    """Launches variant on the op's arguments, which the op has checked.
+def launch(variant: Variant, arguments: Arguments) -> None:
+    """Launches a variant on arguments that the op has checked.
 
     Runs on the current CUDA device and stream; under TRITON_INTERPRET=1 on CPU tensors.
     """
-    num_pages, page_size, _ = paged_kv.shape
-    _kernel[(kv_lens.numel() * variant.slices,)](
-        kv_score,
-        ape,
-        paged_kv,
-        paged_score,
-        block_table_kv,
-        block_table_score,
-        output,
-        kv_lens,
-        cu_seq_lens,
-        cu_outputs,
-        kv_score.stride(0),
-        ape.stride(0),
-        paged_kv.stride(0),
-        paged_kv.stride(1),
-        paged_score.stride(0),
-        paged_score.stride(1),
-        block_table_kv.stride(0),
-        block_table_score.stride(0),
-        output.stride(0),
-        kv_score.size(0),
+    a, problem, tuning = arguments, variant.problem, variant.tuning
+    num_pages, page_size, _ = a.paged_kv.shape
+    slices = problem.head_dim // tuning.head_slice
+    tensors = a.args()[: len(a.declared_tensors())]
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    _kernel[(a.kv_lens.numel() * slices,)](
+        *tensors,
+        *strides,
+        a.kv_score.size(0),
         num_pages,
-        block_table_kv.size(1),
-        output.size(0),
+        a.block_table_kv.size(1),
+        a.output.size(0),
         page_size,
         page_size.bit_length() - 1,
         page_size & (page_size - 1) == 0,
-        variant.head_dim,
-        compress_ratio,
-        variant.overlap,
-        next_n,
-        variant.head_slice,
-        num_warps=variant.reduce_warps,
+        problem.head_dim,
+        problem.compress_ratio,
+        problem.overlap,
+        problem.next_n,
+        tuning.head_slice,
+        num_warps=tuning.reduce_warps,
         maxnreg=register_cap(variant),
-        num_stages=1,
+        **OPTIONS,
     )
 
 
@@ -93,6 +73,12 @@ else:
 
 
 @triton.jit
+def _scalar_mask(condition):
+    """A condition as a mask: Triton 3.9's interpreter gives a comparison its operands' type."""
+    return tl.full((), True, tl.int1) & condition
+
+
+@triton.jit
 def _locate(position, wanted, state, page_is_power_of_two: tl.constexpr):
     """Which wanted rows are present, and where in paged_kv and in paged_score they start."""
     table_kv, table_score, max_pages, num_pages, page_size, page_shift = state[:6]
@@ -106,8 +92,9 @@ def _locate(position, wanted, state, page_is_power_of_two: tl.constexpr):
     # One mask for all rows: with one each, the loads would queue for predicate registers.
     wanted = wanted & (logical < max_pages)
     logical = tl.where(wanted, logical, 0)
-    kv_page = tl.load(table_kv + logical, mask=max_pages > 0, other=-1)
-    score_page = tl.load(table_score + logical, mask=max_pages > 0, other=-1)
+    any_page = _scalar_mask(max_pages > 0)
+    kv_page = tl.load(table_kv + logical, mask=any_page, other=-1)
+    score_page = tl.load(table_score + logical, mask=any_page, other=-1)
     # A negative page is out of range, too, when unsigned.
     present = wanted & (kv_page.to(tl.uint32) < num_pages) & (score_page.to(tl.uint32) < num_pages)
     kv_at = kv_page * kv_page_stride + slot * kv_slot_stride
@@ -229,8 +216,8 @@ def _kernel(
     state = (
         block_table_kv + request * table_kv_stride,
         block_table_score + request * table_score_stride,
-        tl.minimum(max_pages, 2**31 - 1).to(tl.int32),
-        tl.minimum(num_pages, 2**31).to(tl.uint32),
+        max_pages.to(tl.int32),  # no dimension exceeds int32, which the op has checked
+        num_pages.to(tl.uint32),
         page_size.to(tl.int32),
         page_shift.to(tl.int32),
         kv_page_stride,
@@ -294,7 +281,7 @@ def _kernel(
         tl.store(
             output + target * output_stride + columns,
             _round(compressed, output.dtype.element_ty),
-            mask=(target >= 0) & (target < limit),
+            mask=_scalar_mask((target >= 0) & (target < limit)),
         )
         target += 1
         window += 1

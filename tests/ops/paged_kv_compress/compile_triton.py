@@ -1,9 +1,11 @@
-"""Compiles some of the table's Triton variants for sm_90 and prints what came out as JSON.
+"""Compiles some of the table's Triton variants for sm_90 and prints facts about the code as JSON.
 
-Needs no GPU. A program of its own, since it must run where TRITON_INTERPRET is not set.
+Needs no GPU. It is a program of its own because TRITON_INTERPRET must not be set.
 """
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -13,28 +15,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from kvfold.codegen import Variant, load_table
-from kvfold.ops.paged_kv_compress.triton_kernel import _kernel, register_cap
+from kvfold.ops.paged_kv_compress.spec import Problem
+from kvfold.ops.paged_kv_compress.triton_kernel import OPTIONS, _kernel, register_cap
 
 PROBLEMS = [
-    dict(zip(Variant.spec("problem"), values, strict=True))
-    for values in (
-        (512, 128, False, "bf16", "fp32", 4),
-        (128, 128, False, "fp32", "bf16", 1),
-        (512, 4, True, "bf16", "bf16", 3),
-        (128, 4, True, "fp32", "fp32", 2),
+    Problem(
+        head_dim=head_dim,
+        compress_ratio=compress_ratio,
+        kv_dtype=kv_dtype,
+        state_dtype=state_dtype,
+        next_n=next_n,
+    )
+    for head_dim, compress_ratio, kv_dtype, state_dtype, next_n in (
+        (512, 128, "bf16", "fp32", 4),
+        (128, 128, "fp32", "bf16", 1),
+        (512, 4, "bf16", "bf16", 3),
+        (128, 4, "fp32", "fp32", 2),
     )
 ]
 
 
 def compile_variant(variant: Variant, page_is_power_of_two: bool) -> CompiledKernel:
-    constants = {"page_is_power_of_two": page_is_power_of_two, "head_slice": variant.head_slice}
-    constants |= {k: v for k, v in variant.problem.items() if not k.endswith("dtype")}
+    problem, tuning = variant.problem, variant.tuning
+    constants = {"page_is_power_of_two": page_is_power_of_two, "head_slice": tuning.head_slice}
+    constants |= {k: v for k, v in problem.values().items() if not k.endswith("dtype")}
     floats = {
-        "kv_score": variant.kv_dtype,
+        "kv_score": problem.kv_dtype,
         "ape": "fp32",
-        "paged_kv": variant.state_dtype,
-        "paged_score": variant.state_dtype,
-        "output": variant.kv_dtype,
+        "paged_kv": problem.state_dtype,
+        "paged_score": problem.state_dtype,
+        "output": problem.kv_dtype,
     }
     tables = ("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs")
     signature = dict.fromkeys(_kernel.arg_names, "i64")
@@ -46,15 +56,15 @@ def compile_variant(variant: Variant, page_is_power_of_two: bool) -> CompiledKer
         ASTSource(_kernel, signature, constants, aligned),
         target=GPUTarget("cuda", 90, 32),
         options={
-            "num_warps": variant.reduce_warps,
-            "num_stages": 1,
+            "num_warps": tuning.reduce_warps,
             "maxnreg": register_cap(variant),
+            **OPTIONS,
         },
     )
 
 
 def stack_bytes(kernel: CompiledKernel) -> int:
-    """Local memory per thread: what its registers spill."""
+    """Local memory per thread: spilled registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -63,11 +73,18 @@ def stack_bytes(kernel: CompiledKernel) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
+def cubin_hash(variant: Variant, fp_fusion_default: bool) -> str:
+    """Hash of a variant's machine code where Triton's default of enable_fp_fusion is this."""
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = str(int(fp_fusion_default))
+    cubin = compile_variant(variant, page_is_power_of_two=True).asm["cubin"]
+    return hashlib.sha256(cubin).hexdigest()
+
+
 def main() -> None:
     table = load_table()
+    variants = [table.find(problem, "triton", "any", 64) for problem in PROBLEMS]
     compiled = {}
-    for problem, page_is_power_of_two in zip(PROBLEMS, (True, True, True, False), strict=True):
-        variant = table.select("paged_kv_compress", batch=64, backend="triton", **problem)
+    for variant, page_is_power_of_two in zip(variants, (True, True, True, False), strict=True):
         kernel = compile_variant(variant, page_is_power_of_two)
         loads = kernel.asm["ptx"].count("ld.global.v4.b32")
         compiled[variant.symbol] = {"stack_bytes": stack_bytes(kernel), "wide_loads": loads}
@@ -76,7 +93,13 @@ def main() -> None:
         for param in _kernel.params
         if not (param.is_constexpr or param.do_not_specialize)
     ]
-    print(json.dumps({"compiled": compiled, "specialized": specialized}))
+    cubins = [cubin_hash(variants[-1], default) for default in (True, False)]
+    result = {
+        "compiled": compiled,
+        "specialized": specialized,
+        "cubins_by_fp_fusion_default": cubins,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,55 @@
-"""The contract's lines as problems: CASES, name -> function that makes one.
+"""The contract of paged_kv_compress as calls, and the comparison of a call with the oracle.
 
-Each is to be run against the oracle, by every implementation.
+CASES maps the name of a line of the contract to a function that makes a call. Every implementation
+runs each of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from problems import INT_MAX, INT_MIN, Problem, make
+from calls import INT_MAX, INT_MIN, Call, make
+from numerics import assert_rows_close, assert_same_bits
+from torch import Tensor
 
-CASES: dict[str, Callable[[], Problem]] = {}
+from kvfold.ops.paged_kv_compress import oracle
 
-# The multi-token prediction cases, at their real sizes.
+CASES: dict[str, Callable[[], Call]] = {}
+
+
+def assert_follows_contract(
+    run: Callable[[Call], None], call: Call, expected: Mapping[str, Tensor] | None = None
+) -> Call:
+    """Runs a copy of the call and compares everything that it wrote with the oracle.
+
+    The state must be the same bit by bit. So must output rows that the call does not write, and
+    every byte outside the mutated tensors.
+
+    Args:
+        run: an implementation; it gets the copy.
+        expected: oracle.expected(call), for a call that several implementations run.
+
+    Returns:
+        the copy after the run.
+    """
+    expected = expected or oracle.expected(call)
+    result = call.clone()
+    run(result)
+    for name in ("paged_kv", "paged_score"):
+        assert_same_bits(getattr(result, name), expected[name], name)
+    finite = expected["paged_kv"][expected["paged_kv"].isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 1.0
+    assert_rows_close(result.output, expected["output"], scale, "output")
+    before, after = call.output.cpu(), result.output.cpu()
+    kept = expected["output"] == before.double()
+    assert_same_bits(after[kept], before[kept], "output that the call does not write")
+    for before, after in zip(call.outside(), result.outside(), strict=True):
+        assert torch.equal(before, after), "bytes outside the mutated tensors changed"
+    return result
+
+
+# Multi-token prediction, at the sizes of real models.
 MTP = {
     "mtp_overlap_hd128_n4": {"head_dim": 128, "compress_ratio": 4, "next_n": 4},
     "mtp_overlap_hd512_n3": {"head_dim": 512, "compress_ratio": 4, "next_n": 3},
@@ -55,7 +92,7 @@ for kv_dtype in ("bf16", "fp32"):
             )
 
 
-def case(build: Callable[[], Problem]) -> Callable[[], Problem]:
+def case(build: Callable[[], Call]) -> Callable[[], Call]:
     CASES[build.__name__] = build
     return build
 
@@ -113,9 +150,9 @@ def ragged_batch():
 
 @case
 def padding_requests():
-    problem = make([(7, 1), (0, 0), (6, 2), (0, 0), (0, 0)])
-    problem.kv_lens[3], problem.kv_lens[4] = INT_MAX, INT_MIN  # no new tokens: length is idle
-    return problem
+    call = make([(7, 1), (0, 0), (6, 2), (0, 0), (0, 0)])
+    call.kv_lens[3], call.kv_lens[4] = INT_MAX, INT_MIN  # without new tokens: ignored
+    return call
 
 
 @case
@@ -135,20 +172,20 @@ def more_output_rows_reserved_than_filled():
 
 @case
 def rollback_to_within_the_stored_rows():
-    problem = make([(11, 3)])
-    problem.kv_lens[0] = 9  # its rows from 6 on are stale; 6, 7 and 8 are written anew
-    return problem
+    call = make([(11, 3)])
+    call.kv_lens[0] = 9  # its rows from 6 on are stale; 6, 7 and 8 are written anew
+    return call
 
 
 # Absent rows.
 
 
 def with_pages(spans, pages: dict[tuple[int, int], int], tables=("kv", "score"), **fields):
-    problem = make(spans, **fields)
+    call = make(spans, **fields)
     for name in tables:
         for at, page in pages.items():
-            getattr(problem, f"block_table_{name}")[at] = page
-    return problem
+            getattr(call, f"block_table_{name}")[at] = page
+    return call
 
 
 @case
@@ -158,10 +195,10 @@ def negative_page():
 
 @case
 def page_past_the_pool():
-    problem = make([(14, 3)], compress_ratio=8, page_size=3)
-    problem.block_table_kv[0, 2] = problem.paged_kv.size(0)
-    problem.block_table_score[0, 4] = INT_MAX
-    return problem
+    call = make([(14, 3)], compress_ratio=8, page_size=3)
+    call.block_table_kv[0, 2] = call.paged_kv.size(0)
+    call.block_table_score[0, 4] = INT_MAX
+    return call
 
 
 @case
@@ -177,9 +214,9 @@ def new_row_absent():
 
 @case
 def new_row_absent_holds_no_weight_whatever_it_is():
-    problem = with_pages([(13, 4)], {(0, 14): -1}, compress_ratio=8, page_size=1)
-    problem.kv_score[1] = torch.nan
-    return problem
+    call = with_pages([(13, 4)], {(0, 14): -1}, compress_ratio=8, page_size=1)
+    call.kv_score[1] = torch.nan
+    return call
 
 
 @case
@@ -189,28 +226,28 @@ def no_row_present():
 
 @case
 def block_table_too_short():
-    problem = make([(14, 4)], compress_ratio=8, page_size=2)
+    call = make([(14, 4)], compress_ratio=8, page_size=2)
     return replace(
-        problem,
-        block_table_kv=problem.block_table_kv[:, :7],
-        block_table_score=problem.block_table_score[:, :7],
+        call,
+        block_table_kv=call.block_table_kv[:, :7],
+        block_table_score=call.block_table_score[:, :7],
     )
 
 
 @case
 def no_columns_in_the_block_table():
-    problem = make([(7, 2)])
+    call = make([(7, 2)])
     return replace(
-        problem,
-        block_table_kv=problem.block_table_kv[:, :0],
-        block_table_score=problem.block_table_score[:, :0],
+        call,
+        block_table_kv=call.block_table_kv[:, :0],
+        block_table_score=call.block_table_score[:, :0],
     )
 
 
 @case
 def no_pages_in_the_pool():
-    problem = make([(7, 2)])
-    return replace(problem, paged_kv=problem.paged_kv[:0], paged_score=problem.paged_score[:0])
+    call = make([(7, 2)])
+    return replace(call, paged_kv=call.paged_kv[:0], paged_score=call.paged_score[:0])
 
 
 # Output rows out of bounds.
@@ -218,49 +255,48 @@ def no_pages_in_the_pool():
 
 @case
 def fewer_output_rows_reserved_than_windows():
-    problem = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
-    problem.cu_outputs[1:] -= 1
-    return problem
+    call = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
+    call.cu_outputs[1:] -= 1
+    return call
 
 
 @case
 def fewer_output_rows_than_reserved():
-    problem = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
-    return replace(problem, output=problem.output[:4])
+    call = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
+    return replace(call, output=call.output[:4])
 
 
 @case
 def no_output_rows():
-    problem = make([(1, 6)], compress_ratio=2, next_n=8)
-    return replace(problem, output=problem.output[:0])
+    call = make([(1, 6)], compress_ratio=2, next_n=8)
+    return replace(call, output=call.output[:0])
 
 
 @case
 def negative_output_rows():
-    problem = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
-    problem.cu_outputs[0] = -2  # the third of its windows has a row
-    return problem
+    call = make([(1, 6), (3, 4)], compress_ratio=2, next_n=8)
+    call.cu_outputs[0] = -2  # the third of its windows has a row
+    return call
 
 
 @case
 def output_rows_at_the_end_of_int32():
-    problem = make([(1, 6)], compress_ratio=2, next_n=8)
-    problem.cu_outputs[0], problem.cu_outputs[1] = INT_MAX, INT_MAX
-    return problem
+    call = make([(1, 6)], compress_ratio=2, next_n=8)
+    call.cu_outputs[0], call.cu_outputs[1] = INT_MAX, INT_MAX
+    return call
 
 
-# Requests that make no sense are skipped: two sound ones stand beside each.
-
+# Requests with impossible metadata are skipped. Each is in a batch with two that are valid.
 
 ENDS = torch.tensor([INT_MAX, INT_MIN], dtype=torch.int32)
 
 
-def beside(**ints: tuple) -> Problem:
-    """Three requests with, in the metadata tensors named, the value given at the index given."""
-    problem = make([(7, 2), (6, 3), (3, 2)])
+def beside(**ints: tuple) -> Call:
+    """Three requests. An argument names a metadata tensor and gives (index, value) to set in it."""
+    call = make([(7, 2), (6, 3), (3, 2)])
     for name, (at, value) in ints.items():
-        getattr(problem, name)[at] = value
-    return problem
+        getattr(call, name)[at] = value
+    return call
 
 
 CASES |= {
@@ -280,9 +316,9 @@ CASES |= {
 
 @case
 def largest_length_with_odd_sizes():
-    problem = make([(7, 2)], compress_ratio=5, overlap=True, page_size=3)
-    problem.kv_lens[0] = INT_MAX - 2  # the end of a window of 5
-    return problem
+    call = make([(7, 2)], compress_ratio=5, overlap=True, page_size=3)
+    call.kv_lens[0] = INT_MAX - 2  # the end of a window of 5
+    return call
 
 
 @case
@@ -293,16 +329,16 @@ def next_n_smaller_than_what_requests_have():
 # Values.
 
 
-def with_values(score=None, kv=None, rows=slice(None), **fields) -> Problem:
-    """One window of 8 whose last row is new, with the given state in these rows, column 1."""
-    problem = make([(7, 1)], compress_ratio=8, page_size=8, **fields)
+def with_values(score=None, kv=None, rows=slice(None), **fields) -> Call:
+    """One window of 8 rows, the last one new. score and kv are set in column 1 of these rows."""
+    call = make([(7, 1)], compress_ratio=8, page_size=8, **fields)
     for value, pool, table in (
-        (score, problem.paged_score, problem.block_table_score),
-        (kv, problem.paged_kv, problem.block_table_kv),
+        (score, call.paged_score, call.block_table_score),
+        (kv, call.paged_kv, call.block_table_kv),
     ):
         if value is not None:
             pool[table[0, 0], rows, 1] = value
-    return problem
+    return call
 
 
 FLT_MAX = torch.finfo(torch.float32).max
@@ -324,9 +360,9 @@ def scores_of_both_extremes():
 
 @case
 def scores_all_minus_infinity():
-    problem = with_values(score=-torch.inf)
-    problem.kv_score[:, 16:] = -torch.inf
-    return problem
+    call = with_values(score=-torch.inf)
+    call.kv_score[:, 16:] = -torch.inf
+    return call
 
 
 @case
@@ -341,21 +377,21 @@ def kv_infinite_at_weight_zero():
 
 @case
 def new_row_is_infinite():
-    problem = with_values()
-    problem.kv_score[0, 1], problem.kv_score[0, 2] = torch.inf, torch.nan
-    problem.kv_score[0, 17], problem.kv_score[0, 18] = -torch.inf, torch.inf
-    return problem
+    call = with_values()
+    call.kv_score[0, 1], call.kv_score[0, 2] = torch.inf, torch.nan
+    call.kv_score[0, 17], call.kv_score[0, 18] = -torch.inf, torch.inf
+    return call
 
 
 @case
 def state_rounds_to_infinity():
-    problem = make([(7, 1)], kv_dtype="fp32", state_dtype="bf16")
-    problem.kv_score.fill_(FLT_MAX)
-    return problem
+    call = make([(7, 1)], kv_dtype="fp32", state_dtype="bf16")
+    call.kv_score.fill_(FLT_MAX)
+    return call
 
 
 @case
 def large_scores():
-    problem = make([(7, 2), (14, 3)], compress_ratio=8)
-    problem.paged_score.mul_(100)
-    return problem
+    call = make([(7, 2), (14, 3)], compress_ratio=8)
+    call.paged_score.mul_(100)
+    return call

@@ -1,32 +1,29 @@
-"""The reference against the oracle, and both against results worked out here by hand."""
+"""The reference against the oracle, and both against results computed here by hand."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from contract import CASES, with_values
-from numerics import assert_does_its_job, assert_same_bits
-from problems import Problem, make, random_problem, scramble
+from calls import MUTATED, Call, make, random_call, scramble
+from contract import CASES, assert_follows_contract, with_values
+from numerics import assert_same_bits
 
-from kvfold.bench import oracle
-from kvfold.ops.paged_kv_compress import reference
+from kvfold.ops.paged_kv_compress import oracle, reference
 
 
-def oracle_call(*args) -> None:
+def run_oracle(call: Call) -> None:
     """The oracle as an implementation."""
-    problem = Problem(*args)
-    mutated = (problem.paged_kv, problem.paged_score, problem.output)
-    for x, expected in zip(mutated, oracle.expected(*args), strict=True):
-        x.copy_(expected)
+    for name, expected in oracle.expected(call).items():
+        getattr(call, name).copy_(expected)
 
 
-@pytest.fixture(params=[reference.paged_kv_compress, oracle_call], ids=["reference", "oracle"])
+@pytest.fixture(params=[reference.run, run_oracle], ids=["reference", "oracle"])
 def run(request):
-    """run(problem) -> the problem after the call; the one given stays as it was."""
+    """run(call) -> a copy of the call after it ran."""
 
-    def run(problem: Problem) -> Problem:
-        result = problem.clone()
-        request.param(*result.args())
+    def run(call: Call) -> Call:
+        result = call.clone()
+        request.param(result)
         return result
 
     return run
@@ -38,10 +35,10 @@ def row(pool: torch.Tensor, table: torch.Tensor, position: int, request: int = 0
     return pool[table[request, position // page_size], position % page_size]
 
 
-def rows(problem: Problem, positions, request: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(call: Call, positions, request: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """KV and score of a request's positions, in float64."""
-    kv = [row(problem.paged_kv, problem.block_table_kv, p, request) for p in positions]
-    score = [row(problem.paged_score, problem.block_table_score, p, request) for p in positions]
+    kv = [row(call.paged_kv, call.block_table_kv, p, request) for p in positions]
+    score = [row(call.paged_score, call.block_table_score, p, request) for p in positions]
     return torch.stack(kv).double(), torch.stack(score).double()
 
 
@@ -53,26 +50,25 @@ def compress(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_contract(name):
-    assert_does_its_job(reference.paged_kv_compress, CASES[name]())
+def test_the_reference_follows_the_contract(name):
+    assert_follows_contract(reference.run, CASES[name]())
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_problem(seed):
-    assert_does_its_job(reference.paged_kv_compress, random_problem(seed))
+def test_the_reference_runs_random_calls(seed):
+    assert_follows_contract(reference.run, random_call(seed))
 
 
 @pytest.mark.parametrize("share", [0.03, 0.2, 1])
 @pytest.mark.parametrize("seed", range(40))
-def test_scrambled_metadata(seed, share):
-    problem = scramble(random_problem(seed, reserve=8), share, seed)
-    assert_does_its_job(reference.paged_kv_compress, problem)
+def test_the_reference_is_safe_for_any_metadata(seed, share):
+    assert_follows_contract(reference.run, scramble(random_call(seed, reserve=8), share, seed))
 
 
 @pytest.mark.gpu
-def test_contract_on_a_gpu():
+def test_the_reference_follows_the_contract_on_a_gpu():
     for build in CASES.values():
-        assert_does_its_job(reference.paged_kv_compress, build().clone("cuda"))
+        assert_follows_contract(reference.run, build().clone("cuda"))
 
 
 # By hand: store.
@@ -81,26 +77,26 @@ def test_contract_on_a_gpu():
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("state_dtype", ["bf16", "fp32"])
 def test_stores_kv_and_score_plus_ape_rounded_to_the_state(run, kv_dtype, state_dtype):
-    problem = make([(6, 3)], compress_ratio=8, kv_dtype=kv_dtype, state_dtype=state_dtype)
-    result = run(problem)
-    for t, token in enumerate(problem.kv_score):
-        kv = row(result.paged_kv, problem.block_table_kv, 6 + t)
-        score = row(result.paged_score, problem.block_table_score, 6 + t)
+    call = make([(6, 3)], compress_ratio=8, kv_dtype=kv_dtype, state_dtype=state_dtype)
+    result = run(call)
+    for t, token in enumerate(call.kv_score):
+        kv = row(result.paged_kv, call.block_table_kv, 6 + t)
+        score = row(result.paged_score, call.block_table_score, 6 + t)
         assert_same_bits(kv, token[:16].to(kv.dtype))
-        assert_same_bits(score, (token[16:].float() + problem.ape[(6 + t) % 8]).to(kv.dtype))
+        assert_same_bits(score, (token[16:].float() + call.ape[(6 + t) % 8]).to(kv.dtype))
 
 
 def test_writes_new_rows_alone(run):
-    problem = make([(6, 1), (2, 0)], layout="packed")
-    result = run(problem)
-    new = problem.block_table_kv[0, 1], 2
+    call = make([(6, 1), (2, 0)], layout="packed")
+    result = run(call)
+    new = call.block_table_kv[0, 1], 2
     for before, after in (
-        (problem.paged_kv, result.paged_kv),
-        (problem.paged_score, result.paged_score),
+        (call.paged_kv, result.paged_kv),
+        (call.paged_score, result.paged_score),
     ):
         before[new] = after[new]
         assert_same_bits(after, before)
-    assert_same_bits(result.output, problem.output)
+    assert_same_bits(result.output, call.output)
 
 
 # By hand: count and reduce.
@@ -129,17 +125,17 @@ def test_first_overlapping_window_has_none_before_it(run):
 
 
 def test_window_of_one_row_is_that_row(run):
-    problem = make([(9, 3), (0, 2)], compress_ratio=1)
-    assert_same_bits(run(problem).output, problem.kv_score[:, :16])
+    call = make([(9, 3), (0, 2)], compress_ratio=1)
+    assert_same_bits(run(call).output, call.kv_score[:, :16])
 
 
 @pytest.mark.parametrize(
     ("start", "new", "closed"), [(0, 3, 0), (0, 4, 1), (3, 1, 1), (4, 3, 0), (5, 7, 2), (3, 9, 3)]
 )
 def test_counts_the_windows_that_close(run, start, new, closed):
-    problem = make([(start, new)], next_n=9, reserve=4)
-    result = run(problem)
-    written = (result.output != problem.output).all(1)
+    call = make([(start, new)], next_n=9, reserve=4)
+    result = run(call)
+    written = (result.output != call.output).all(1)
     assert written.tolist() == [True] * closed + [False] * (4 - closed)
 
 
@@ -173,31 +169,31 @@ def test_all_scores_minus_infinity_is_nan(run):
 
 def test_largest_score_takes_all_the_weight(run):
     largest = torch.finfo(torch.float32).max
-    problem = with_values(score=-largest)
-    problem.paged_score[problem.block_table_score[0, 0], 4, 1] = largest
-    expected = problem.paged_kv[problem.block_table_kv[0, 0], 4, 1]
-    assert run(problem).output[0, 1] == expected.bfloat16()
+    call = with_values(score=-largest)
+    call.paged_score[call.block_table_score[0, 0], 4, 1] = largest
+    expected = call.paged_kv[call.block_table_kv[0, 0], 4, 1]
+    assert run(call).output[0, 1] == expected.bfloat16()
 
 
 # By hand: absent rows and bounds.
 
 
 def test_window_without_rows_is_zeros(run):
-    problem = make([(7, 1)], page_size=4)
-    problem.block_table_score[0] = -1
-    assert run(problem).output.tolist() == [[0] * 16]
+    call = make([(7, 1)], page_size=4)
+    call.block_table_score[0] = -1
+    assert run(call).output.tolist() == [[0] * 16]
 
 
 @pytest.mark.parametrize("table", ["block_table_kv", "block_table_score"])
 @pytest.mark.parametrize("page", [-1, -(2**31), "first past the pool", 2**31 - 1])
 def test_row_is_absent_unless_both_its_pages_are_in_the_pool(run, table, page):
-    problem = make([(7, 1)], compress_ratio=8, page_size=2, output_dtype="fp32")
-    page = problem.paged_kv.size(0) if isinstance(page, str) else page
-    getattr(problem, table)[0, 3] = page  # rows 6 and 7, the last being new
-    result = run(problem)
-    assert_same_bits(result.paged_kv, problem.paged_kv)
-    assert_same_bits(result.paged_score, problem.paged_score)
-    expected = compress(*rows(problem, range(6)))
+    call = make([(7, 1)], compress_ratio=8, page_size=2, output_dtype="fp32")
+    page = call.paged_kv.size(0) if isinstance(page, str) else page
+    getattr(call, table)[0, 3] = page  # rows 6 and 7, the last being new
+    result = run(call)
+    assert_same_bits(result.paged_kv, call.paged_kv)
+    assert_same_bits(result.paged_score, call.paged_score)
+    expected = compress(*rows(call, range(6)))
     torch.testing.assert_close(result.output[0].double(), expected, atol=1e-5, rtol=0)
 
 
@@ -215,10 +211,10 @@ def test_row_is_absent_unless_both_its_pages_are_in_the_pool(run, table, page):
     ],
 )
 def test_writes_no_output_row_but_those_reserved(run, cu_outputs, written):
-    problem = make([(1, 6)], compress_ratio=2, next_n=6)
-    problem.cu_outputs.copy_(torch.tensor(cu_outputs))
-    result = run(problem)
-    changed = (result.output != problem.output).any(1)
+    call = make([(1, 6)], compress_ratio=2, next_n=6)
+    call.cu_outputs.copy_(torch.tensor(cu_outputs))
+    result = run(call)
+    changed = (result.output != call.output).any(1)
     assert changed.nonzero().flatten().tolist() == written
 
 
@@ -234,29 +230,27 @@ def test_writes_no_output_row_but_those_reserved(run, cu_outputs, written):
     ],
     ids=str,
 )
-def test_request_that_makes_no_sense_is_skipped(run, broken):
-    problem = make([(7, 2), (5, 3)])
+def test_a_request_with_impossible_metadata_is_skipped(run, broken):
+    call = make([(7, 2), (5, 3)])
     for name, (at, value) in broken.items():
-        getattr(problem, name)[at] = value
-    result = run(problem)
-    kv, score = (
-        x.unique().long() for x in (problem.block_table_kv[1], problem.block_table_score[1])
-    )
-    assert_same_bits(result.paged_kv[kv], problem.paged_kv[kv])
-    assert_same_bits(result.paged_score[score], problem.paged_score[score])
-    assert_same_bits(result.output[1], problem.output[1])
+        getattr(call, name)[at] = value
+    result = run(call)
+    kv, score = (x.unique().long() for x in (call.block_table_kv[1], call.block_table_score[1]))
+    assert_same_bits(result.paged_kv[kv], call.paged_kv[kv])
+    assert_same_bits(result.paged_score[score], call.paged_score[score])
+    assert_same_bits(result.output[1], call.output[1])
 
 
-# By hand: steps.
+# By hand: several steps.
 
 
-def decode(run, steps: list[int], kv_score: torch.Tensor, keep=lambda step, new: new) -> Problem:
-    """Runs one request through steps of so many new tokens; keep says how many are accepted."""
-    problem = make([(0, 0)], next_n=max(steps), page_size=3, reserve=8, output_dtype="fp32")
+def decode(run, steps: list[int], kv_score: torch.Tensor, keep=lambda step, new: new) -> Call:
+    """Decodes one request in steps of these sizes; keep gives the accepted tokens of a step."""
+    call = make([(0, 0)], next_n=max(steps), page_size=3, reserve=8, output_dtype="fp32")
     pages = torch.arange(20, dtype=torch.int32)[None]
     pool = torch.full((20, 3, 32), torch.nan)
-    problem = replace(
-        problem,
+    call = replace(
+        call,
         paged_kv=pool,
         paged_score=pool.clone(),
         block_table_kv=pages,
@@ -266,11 +260,11 @@ def decode(run, steps: list[int], kv_score: torch.Tensor, keep=lambda step, new:
     for step, new in enumerate(steps):
         tokens = kv_score[length : length + new]
         kept = keep(step, new)
-        if kept < new:  # what is going to be rejected is none of the request's tokens
+        if kept < new:  # rejected tokens differ from the request's own
             tokens = torch.cat([tokens[:kept], -7 * tokens[kept:]])
-        problem = run(
+        call = run(
             replace(
-                problem,
+                call,
                 kv_score=tokens,
                 kv_lens=torch.tensor([length + new], dtype=torch.int32),
                 cu_seq_lens=torch.tensor([0, new], dtype=torch.int32),
@@ -278,12 +272,12 @@ def decode(run, steps: list[int], kv_score: torch.Tensor, keep=lambda step, new:
             )
         )
         length += kept
-        windows = length // problem.compress_ratio
-    return problem
+        windows = length // call.compress_ratio
+    return call
 
 
 @pytest.mark.parametrize("steps", [[4] * 6, [1, 3, 2, 4, 4, 1, 4, 3, 2], [24]], ids=str)
-def test_steps_of_any_size_end_alike(run, steps):
+def test_steps_of_any_size_end_with_the_same_bits(run, steps):
     kv_score = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
     one_by_one = decode(run, [1] * 24, kv_score)
     result = decode(run, steps, kv_score)
@@ -292,7 +286,7 @@ def test_steps_of_any_size_end_alike(run, steps):
     assert_same_bits(result.output, one_by_one.output)
 
 
-def test_rejected_tokens_leave_no_trace(run):
+def test_rejected_tokens_do_not_change_later_results(run):
     kv_score = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     expected = decode(run, [1] * 22, kv_score)
     steps, accepted = [4] * 10, [2, 4, 1, 3, 1, 2, 4, 1, 3, 1]
@@ -303,24 +297,39 @@ def test_rejected_tokens_leave_no_trace(run):
     assert_same_bits(result.output[:5], expected.output[:5])
 
 
-# The result depends on nothing else.
+# What the result does not depend on.
 
 
 def test_result_does_not_depend_on_the_batch():
     spans = [(7, 4), (13, 3), (6, 2), (3, 4), (15, 1)]
-    problem = make(spans, head_dim=24, state_dtype="bf16", output_dtype="fp32")
-    together = problem.clone()
-    reference.paged_kv_compress(*together.args())
+    call = make(spans, head_dim=24, state_dtype="bf16", output_dtype="fp32")
+    together = call.clone()
+    reference.run(together)
     for b in range(len(spans)):
-        alone = problem.clone().alone(b)
-        reference.paged_kv_compress(*alone.args())
+        alone = call.clone().alone(b)
+        reference.run(alone)
         assert_same_bits(alone.output[b], together.output[b])
 
 
 def test_result_does_not_depend_on_the_chunks(monkeypatch):
-    problem = make([(5, 7), (12, 8), (0, 4)], next_n=8, output_dtype="fp32")
-    whole, chunked = problem.clone(), problem.clone()
-    reference.paged_kv_compress(*whole.args())
+    call = make([(5, 7), (12, 8), (0, 4)], next_n=8, output_dtype="fp32")
+    whole, chunked = call.clone(), call.clone()
+    reference.run(whole)
     monkeypatch.setattr(reference, "CHUNK", 1)
-    reference.paged_kv_compress(*chunked.args())
+    reference.run(chunked)
     assert_same_bits(chunked.output, whole.output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_result_does_not_depend_on_the_default_dtype(dtype):
+    call = make([(5, 4), (12, 2), (0, 4), (7, 1)], output_dtype="fp32")
+    expected, result = call.clone(), call.clone()
+    reference.run(expected)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        reference.run(result)
+    finally:
+        torch.set_default_dtype(before)
+    for name in MUTATED:
+        assert_same_bits(getattr(result, name), getattr(expected, name), name)

@@ -1,0 +1,205 @@
+"""kvfold table: what the table in force holds."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kvfold.bench.cli.common import (
+    SIZE_NAMES,
+    Op,
+    app,
+    bold,
+    clear_errors,
+    console,
+    count,
+    facts,
+    grid,
+    one_value,
+    parse_words,
+)
+from kvfold.codegen import Bucket, Table, Variant, load_table, op_spec
+from kvfold.codegen.documentation import field_rows
+from kvfold.workload import workload
+
+table_app = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    table_app,
+    name="table",
+    help="Look at the table of kernels: configs.yaml, or the file that KVFOLD_CONFIG names.",
+)
+
+
+@table_app.command("list")
+@clear_errors
+def table_list(
+    every: Annotated[
+        bool, typer.Option("--all", help="One line per variant, not per row.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All variants, as JSON.")] = False,
+) -> None:
+    """Show the table in force: its rows and how many variants each stands for."""
+    table = load_table()
+    if as_json:
+        print(json.dumps(_as_json(table), indent=1))
+        return
+    out = console()
+    out.print(f"{table.path}: {counts(table)}", soft_wrap=True)
+    for view in _variants(table) if every else _rows(table):
+        out.print(view)
+
+
+@table_app.command("check")
+@clear_errors
+def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")]) -> None:
+    """Say whether a table is valid: OK, or what is wrong where, and exit code 2."""
+    print(f"{file}: OK: {counts(load_table(file))}")
+
+
+@table_app.command("fields")
+@clear_errors
+def table_fields(op: Op) -> None:
+    """Explain the fields of a row of the table."""
+    view = RichTable.grid(padding=(0, 2))
+    view.add_column(no_wrap=True)
+    for name, kind, legal, default, meaning in field_rows(op_spec(op)):
+        about = f"{kind}; legal: {legal}" + (f"; default: {default}" if default else "")
+        view.add_row(bold(name), Text.assemble(meaning, "\n", (about, "dim")))
+    console().print(view)
+
+
+@table_app.command("explain")
+@clear_errors
+def table_explain(
+    op: Op,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FIELD=VALUE...",
+            help="Problem fields, as head_dim=128. Those left out have the values that `kvfold"
+            " bench` takes. `kvfold table fields OP` explains the fields.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(*SIZE_NAMES, help="Size on the op's axis.", show_default=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
+    arch: Annotated[
+        str, typer.Option(help="Of the GPU, as sm_90; any: the rows for any GPU.")
+    ] = "any",
+) -> None:
+    """Say which variant a problem gets, and why."""
+    table, spec = load_table(), op_spec(op)
+    (problem,) = parse_words(words or [], spec.problem, what=f"problem field of {op}")
+    if size is None:
+        raise ValueError(f"--{spec.axis} is missing; accepted: the number of {spec.axis_help}")
+    fields = {**workload(op).defaults, **one_value(problem), spec.axis: size}
+    variant = table.select(op, backend=backend, arch=arch, **fields)
+    for view in _explanation(table, variant, size, arch):
+        console().print(view)
+
+
+def counts(table: Table) -> str:
+    """'8 rows, 192 variants (128 cuda, 64 triton), fingerprint ...'."""
+    rows = len({bucket.where for bucket in table.buckets})
+    backends = [variant.backend for variant in table.variants]
+    each = ", ".join(f"{backends.count(name)} {name}" for name in dict.fromkeys(backends))
+    variants = count(len(backends), "variant")
+    return f"{count(rows, 'row')}, {variants} ({each}), fingerprint {table.fingerprint}"
+
+
+def _rows(table: Table) -> Iterator[Text | RichTable]:
+    """A heading for the rows of the same problems, then one line per row."""
+    rows = [list(found) for _, found in groupby(table.buckets, key=lambda bucket: bucket.where)]
+    for heading, found in groupby(rows, key=_heading):
+        alike = list(found)
+        view = grid(None, ["line", alike[0][0].variant.spec.axis, "tuning"], ["variants"])
+        view.padding = (0, 1)
+        for row in alike:
+            tuning = _merged([bucket.variant.tuning.given() for bucket in row])
+            view.add_row(str(row[0].line), row[0].range, tuning, str(len(row)))
+        yield bold(f"\n{heading}")
+        yield view
+
+
+def _heading(row: list[Bucket]) -> str:
+    """The op, backends, architectures and problems of a row."""
+    backends = _distinct(bucket.variant.backend for bucket in row)
+    problems = _merged([bucket.variant.problem.values() for bucket in row])
+    arch = _distinct(bucket.arch for bucket in row)
+    return f"{row[0].variant.op}, {backends}, arch {arch}: {problems}"
+
+
+def _variants(table: Table) -> Iterator[RichTable]:
+    """One grid per op, one line per variant and range."""
+    for op, buckets in groupby(table.buckets, key=lambda bucket: bucket.variant.op):
+        view = grid(op, ["variant", op_spec(op).axis, "arch"], ["line"])
+        for bucket in buckets:
+            view.add_row(bucket.variant.symbol, bucket.range, bucket.arch, str(bucket.line))
+        yield view
+
+
+def _as_json(table: Table) -> list[dict]:
+    """Every variant with where it applies, as plain data."""
+    return [
+        {
+            "symbol": bucket.variant.symbol,
+            "op": bucket.variant.op,
+            "backend": bucket.variant.backend,
+            **bucket.variant.problem.values(),
+            **bucket.variant.tuning.values(),
+            bucket.variant.spec.bounds[0]: bucket.min_size,
+            bucket.variant.spec.bounds[1]: bucket.max_size,
+            "arch": bucket.arch,
+            "row": bucket.where,
+            "line": bucket.line,
+            "threads": bucket.variant.launch.threads,
+            "shared_bytes": bucket.variant.launch.shared_bytes,
+        }
+        for bucket in table.buckets
+    ]
+
+
+def _explanation(
+    table: Table, variant: Variant, size: int, arch: str
+) -> tuple[RichTable, RichTable]:
+    """Why a problem of this size gets this variant, and what other sizes get."""
+    spec = variant.spec
+    buckets = table.buckets_for(variant.problem, variant.backend, arch)
+    chosen = next(bucket for bucket in buckets if bucket.serves(size))
+    reason = (
+        f"{chosen.where} of {table.path} serves {spec.axis} {chosen.range} of this problem with"
+        f" {variant.backend}, arch {chosen.arch}"
+    )
+    launch = variant.launch
+    why = facts(
+        [
+            ("problem", f"{variant.problem}; {spec.axis} {size}"),
+            ("variant", bold(variant.symbol)),
+            ("because", reason),
+            ("launch", spec.explain(variant.problem, variant.backend, variant.tuning, size)),
+            ("per CTA", f"{launch.threads} threads, {launch.shared_bytes} bytes of shared memory"),
+        ]
+    )
+    ranges = grid(f"by {spec.axis}", ["", spec.axis, "variant"], ["line"])
+    for bucket in buckets:
+        mark = "->" if bucket == chosen else ""
+        ranges.add_row(mark, bucket.range, bucket.variant.symbol, str(bucket.line))
+    return why, ranges
+
+
+def _merged(values: list[dict]) -> str:
+    """'head_dim 128, 512; overlap no': each field with every value that it has."""
+    names = dict.fromkeys(name for one in values for name in one)
+    return "; ".join(f"{name} {_distinct(one.get(name) for one in values)}" for name in names)
+
+
+def _distinct(values: Iterable) -> str:
+    return ", ".join(dict.fromkeys(str(value).lower() for value in values if value is not None))

@@ -1,0 +1,384 @@
+"""Results files: the one module that writes, reads and validates them.
+
+A file holds one report: one run of one command, with its environment. A report is a dataclass, and
+its file is that dataclass as JSON. README and docs quote the files committed in bench/results/.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import subprocess
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+import kvfold
+from kvfold.codegen import op_spec
+from kvfold.codegen.errors import shortened
+from kvfold.codegen.fields import POSITIVE, check_value
+from kvfold.codegen.gpu import check_arch
+from kvfold.runtime import compiler, dispatch
+from kvfold.runtime.files import replace_file
+from kvfold.workload import workload
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = 4  # kept of a float, after the point
+
+R = TypeVar("R", bound="Report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every results file has.
+
+    Attributes:
+        kind: which command wrote it.
+        device: name of the GPU.
+        driver: version of the GPU's driver.
+        versions: package -> version.
+        date: UTC, ISO 8601.
+        commit: of the checkout, '-dirty' if it had changes; None without a checkout.
+        table_fingerprint: of the table in force.
+    """
+
+    KIND: ClassVar[str] = ""
+
+    kind: str
+    device: str
+    driver: str | None
+    versions: dict[str, str | None]
+    date: str
+    commit: str | None
+    table_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow:
+    """One kernel at one point. Times are microseconds per call.
+
+    Attributes:
+        op, scenario, size: the point; size is on the op's axis.
+        problem: the op's problem fields.
+        options: the case's other fields, as page_size.
+        l2: 'cold', or 'warm' where memory holds too few cases to make the L2 cold.
+        backend: of the kernel.
+        variant: symbol of the kernel, or name of a yardstick.
+        chosen_by: 'table', 'override' or 'yardstick'.
+        prefetch: how the calls were made, a name of the workload's prefetch.
+        median_us, min_us, max_us: over the replays.
+        moved_bytes: that a call must move.
+        limit_us: the least time for so many bytes on this device.
+        efficiency: limit_us / median_us.
+        host_us: host time of an eager call, by how it is made: 'call' is the Python function,
+            'torch_ops' the same through torch.ops, 'unrepeated' a call that no earlier call helps,
+            'triton' Triton's own launcher. Empty if it was not measured.
+    """
+
+    op: str
+    scenario: str
+    size: int
+    problem: dict[str, int | bool | str]
+    options: dict[str, int | bool | str]
+    l2: str
+    backend: str
+    variant: str
+    chosen_by: str
+    prefetch: str
+    median_us: float
+    min_us: float
+    max_us: float
+    moved_bytes: int
+    limit_us: float
+    efficiency: float
+    host_us: dict[str, float]
+
+    def __post_init__(self):
+        op_spec(self.op).problem.of(self.problem)
+        workload(self.op).options.of(self.options)
+        check_value("size", self.size, POSITIVE)
+        check_value("l2", self.l2, ("cold", "warm"))
+        check_value("chosen_by", self.chosen_by, ("table", "override", "yardstick"))
+
+    @property
+    def panel(self) -> tuple:
+        """What the rows of one table of times have in common."""
+        return (self.op, *self.problem.values(), *self.options.values(), self.scenario, self.l2)
+
+    @property
+    def tuning(self) -> str:
+        """The end of the variant's symbol, which says how the problem is solved: 'w8_s64'."""
+        problem = op_spec(self.op).problem.of(self.problem)
+        return self.variant.removeprefix("_".join([self.op, *problem.symbol_parts()]) + "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReport(Report):
+    """What `kvfold bench` writes. Bandwidths are GB/s of 1e9 bytes."""
+
+    KIND: ClassVar[str] = "kernels"
+
+    read_bandwidth_gbs: float
+    copy_bandwidth_gbs: float
+    empty_node_us: float
+    rows: list[KernelRow]
+
+    def __post_init__(self):
+        _require_some("rows", self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """One mode of running a decode step. Times are microseconds per step.
+
+    Attributes:
+        mode: name of the mode.
+        problem: what the model is made of.
+        batch: requests in the step.
+        median_us, min_us, max_us: wall time of a step among many in a row.
+        host_us: host time of a step until its last launch, with an empty queue before it.
+        device_us: sum of the durations of its kernels, by a profile of many steps in a row. The
+            time in which two kernels overlap counts twice.
+        copy_us: time of the states' copies alone, both directions at once; None for modes that
+            leave the states on the device.
+        synchronisations: times that the host waited for the device in a step, rounded up.
+    """
+
+    mode: str
+    problem: dict[str, int]
+    batch: int
+    median_us: float
+    min_us: float
+    max_us: float
+    host_us: float
+    device_us: float
+    copy_us: float | None
+    synchronisations: int
+
+    def __post_init__(self):
+        check_value("batch", self.batch, POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport(Report):
+    """What `kvfold step` writes."""
+
+    KIND: ClassVar[str] = "step"
+
+    rows: list[StepRow]
+
+    def __post_init__(self):
+        _require_some("rows", self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedTime:
+    """The median time of a variant at one point, in microseconds."""
+
+    prefetch: str
+    scenario: str
+    size: int
+    median_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedVariant:
+    """All times of one variant."""
+
+    tuning: dict[str, int | bool | str]
+    times: list[TunedTime]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedFamily:
+    """Problems that share measurements, and their variants' times.
+
+    Attributes:
+        problem: the one that was timed.
+        shared: values of the shared field that the rows name; empty without a shared field.
+        variants: what was timed.
+    """
+
+    problem: dict[str, int | bool | str]
+    shared: list[int]
+    variants: list[TunedVariant]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport(Report):
+    """What `kvfold tune --json` writes.
+
+    Attributes:
+        op, arch, backend: what was tuned.
+        command: what to type for it, without its mixture.
+        mixture: scenario -> weight; the scenarios that were timed.
+        prefetch: names of the workload's prefetch that were timed.
+        sizes: ascending.
+        families: the problems, with all times.
+    """
+
+    KIND: ClassVar[str] = "tuning"
+
+    op: str
+    arch: str
+    backend: str
+    command: str
+    mixture: dict[str, float]
+    prefetch: list[str]
+    sizes: list[int]
+    families: list[TunedFamily]
+
+    def __post_init__(self):
+        check_arch(self.arch)
+        for name in ("mixture", "prefetch", "sizes", "families"):
+            _require_some(name, getattr(self, name))
+        for size in self.sizes:
+            check_value("size", size, POSITIVE)
+        if self.sizes != sorted(set(self.sizes)):
+            raise ValueError(f"sizes is {shortened(self.sizes)}; accepted: ascending")
+
+
+def _require_some(name: str, found: Collection) -> None:
+    if not found:
+        raise ValueError(f"{name} is empty; accepted: one or more")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def save(report: Report, file: Path) -> None:
+    """Writes a report in one step."""
+    content = json.loads(json.dumps(asdict(report)), parse_float=lambda x: round(float(x), DIGITS))
+    replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def load(report_type: type[R], file: Path) -> R:
+    """Reads a report that `save` wrote.
+
+    Raises:
+        ValueError: the file holds no such report; the message names the place.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+        kind = content.get("kind") if isinstance(content, dict) else None
+        _require(kind == report_type.KIND, kind, ".kind", report_type.KIND)
+        return _decode(content, report_type, "")
+    except (ValueError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(f"{file} is no {report_type.KIND} results file: {what}") from None
+
+
+def _decode(value: Any, wanted: Any, place: str) -> Any:
+    """The value as the wanted type. Raises ValueError that names the place of what is wrong."""
+    origin, parameters = typing.get_origin(wanted), typing.get_args(wanted)
+    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
+        return _decode_record(value, wanted, place)
+    if origin is list:
+        _require(isinstance(value, list), value, place, "a list")
+        return [_decode(item, parameters[0], f"{place}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        _require(isinstance(value, dict), value, place, "an object")
+        return {
+            _decode(k, str, place): _decode(v, parameters[1], f"{place}.{k}")
+            for k, v in value.items()
+        }
+    accepted: tuple[Any, ...] = parameters if origin is types.UnionType else (wanted,)
+    words = " or ".join("null" if t is types.NoneType else str(t.__name__) for t in accepted)
+    if float in accepted and type(value) in (int, float):
+        # Every float is a time, a bandwidth or a ratio.
+        _require(0 < value < 1e30, value, place, "a positive number")
+        return float(value)
+    _require(type(value) in accepted, value, place, words)
+    if type(value) is int:
+        _require(abs(value) < 2**63, value, place, "an int of 64 bits")
+    if type(value) is str:
+        _require(value.isprintable(), value, place, "printable text")
+    return value
+
+
+def _decode_record(value: Any, wanted: type, place: str) -> Any:
+    """An object of JSON as an instance of a dataclass."""
+    _require(isinstance(value, dict), value, place, "an object")
+    hints = typing.get_type_hints(wanted)
+    names = [field.name for field in dataclasses.fields(wanted)]
+    _require(value.keys() == set(names), sorted(value), place, f"the names {', '.join(names)}")
+    fields = {name: _decode(value[name], hints[name], f"{place}.{name}") for name in names}
+    try:
+        return wanted(**fields)
+    except ValueError as error:
+        raise ValueError(f"{place.lstrip('.')}: {error}" if place else str(error)) from None
+
+
+def _require(condition: bool, value: Any, place: str, accepted: str) -> None:
+    if not condition:
+        where = place.lstrip(".") or "it"
+        raise ValueError(f"{where} is {shortened(value)}; accepted: {accepted}")
+
+
+# ---- the environment -----------------------------------------------------------------------------
+
+
+def environment(report_type: type[Report], device: torch.device) -> dict[str, Any]:
+    """The fields of Report for this device, this machine and this code, now."""
+    return {
+        "kind": report_type.KIND,
+        "device": torch.cuda.get_device_name(device),
+        "driver": _driver(),
+        "versions": _versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "table_fingerprint": dispatch.table().fingerprint,
+    }
+
+
+def commit() -> str | None:
+    """KVFOLD_COMMIT, else the checkout's commit, '-dirty' if it is changed; None if no checkout."""
+    if given := os.environ.get("KVFOLD_COMMIT"):
+        return given
+    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not head or not top or Path(top).resolve() != ROOT:
+        return None  # no checkout, or another project's that kvfold is installed inside of
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    return f"{head}-dirty" if changed else head
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "kvfold": kvfold.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cupy": _version("cupy"),
+        "nvrtc": compiler.nvrtc_version() if compiler.unavailable() is None else None,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(module: str) -> str | None:
+    try:
+        return importlib.import_module(module).__version__
+    except ImportError:
+        return None
+
+
+def _driver() -> str | None:
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return drivers.splitlines()[0] if drivers else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

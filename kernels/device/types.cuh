@@ -1,0 +1,29 @@
+// Types and constants that every kernel uses. Self-contained: NVRTC needs no CUDA headers.
+#pragma once
+
+using int64 = long long;
+using uint8 = unsigned char;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+
+struct bf16 {
+  unsigned short bits;
+};
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
+__device__ constexpr int power_of_two_at_least(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+constexpr uint32 all_lanes = 0xffffffffu;
+constexpr float lowest_float = -3.402823466e+38f;  // finite
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }

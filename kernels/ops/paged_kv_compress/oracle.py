@@ -1,0 +1,77 @@
+"""What paged_kv_compress must do, in float64 and in loops: the contract to read and to test by."""
+
+import torch
+from torch import Tensor
+
+from kvfold.ops.paged_kv_compress.spec import Arguments
+
+
+def expected(arguments: Arguments) -> dict[str, Tensor]:
+    """paged_kv, paged_score and output as the op must leave them; changes no argument.
+
+    The results are on the CPU, the state in its own dtype and output in float64. What the op does
+    not write is as it was.
+    """
+    a = arguments
+    kv_score, ape = a.kv_score.cpu(), a.ape.cpu()
+    paged_kv, paged_score = (x.to("cpu", copy=True) for x in (a.paged_kv, a.paged_score))
+    output = a.output.to("cpu", torch.float64, copy=True)
+    tables = a.block_table_kv.tolist(), a.block_table_score.tolist()
+    cu_seq_lens, cu_outputs = a.cu_seq_lens.tolist(), a.cu_outputs.tolist()
+    num_tokens, max_pages = kv_score.shape[0], a.block_table_kv.shape[1]
+    num_pages, page_size, state_dim = paged_kv.shape
+    num_outputs, head_dim = output.shape
+    overlap = state_dim == 2 * head_dim
+    ratio = a.compress_ratio
+
+    def locate(request: int, position: int) -> tuple[int, int, int] | None:
+        """Page of the KV, page of the score and slot of a position; None if the row is absent."""
+        logical = position // page_size
+        if not 0 <= logical < max_pages:
+            return None
+        page_kv, page_score = (table[request][logical] for table in tables)
+        if not (0 <= page_kv < num_pages and 0 <= page_score < num_pages):
+            return None
+        return page_kv, page_score, position % page_size
+
+    for b, length in enumerate(a.kv_lens.tolist()):
+        begin, end = cu_seq_lens[b], cu_seq_lens[b + 1]
+        new = end - begin
+        if begin < 0 or end > num_tokens or not 0 <= new <= min(a.next_n, length):
+            continue
+        start = length - new
+
+        for t in range(new):
+            row = locate(b, start + t)
+            if row is None:
+                continue
+            page_kv, page_score, slot = row
+            kv, score = kv_score[begin + t].split(state_dim)
+            paged_kv[page_kv, slot] = kv.to(paged_kv.dtype)
+            score = score.float() + ape[(start + t) % ratio]
+            paged_score[page_score, slot] = score.to(paged_score.dtype)
+
+        for c in range(length // ratio - start // ratio):
+            target = cu_outputs[b] + c
+            if not 0 <= target < min(cu_outputs[b + 1], num_outputs):
+                continue
+            window = start // ratio + c
+            own = slice(state_dim - head_dim, state_dim)
+            rows = [(window * ratio + i, own) for i in range(ratio)]
+            if overlap:
+                before = slice(0, head_dim)
+                rows = [(position - ratio, before) for position, _ in rows] + rows
+            kvs, scores = [], []
+            for position, columns in rows:
+                row = locate(b, position)
+                if row is not None:
+                    page_kv, page_score, slot = row
+                    kvs.append(paged_kv[page_kv, slot, columns].double())
+                    scores.append(paged_score[page_score, slot, columns].double())
+            output[target] = 0
+            if kvs:
+                score = torch.stack(scores)
+                weight = torch.exp(score - score.amax(0))
+                output[target] = (torch.stack(kvs) * weight).sum(0) / weight.sum(0)
+
+    return {"paged_kv": paged_kv, "paged_score": paged_score, "output": output}

@@ -1,0 +1,238 @@
+"""The declaration of paged_kv_compress; docs/ops.md explains the parts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvfold import codegen
+from kvfold.codegen import Launch, OpSpec, dtype, flag, integer, scalar, tensor
+from kvfold.codegen.fields import POSITIVE
+from kvfold.codegen.gpu import MAX_THREADS, SM_REGISTERS, SM_THREADS
+from kvfold.codegen.variant import refuse
+from kvfold.device.window_shape import ITEM_BYTES, WindowShape, slices, vector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WARPS = (1, 2, 4, 8, 16, 32)
+STORING_REGISTERS = 112  # per thread, with which a storing thread may have several items
+STORING_BYTES = 128  # of new rows that a storing thread has in registers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(codegen.Problem):
+    """What a kernel of paged_kv_compress solves."""
+
+    op: ClassVar[str] = "paged_kv_compress"
+
+    head_dim: int = integer(
+        range(8, 2**30, 8), symbol="hd{}", help="columns of a compressed row, a multiple of 8"
+    )
+    compress_ratio: int = integer(POSITIVE, symbol="r{}", help="tokens per window")
+    overlap: bool = flag(
+        symbol="overlap",
+        default=lambda problem: problem["compress_ratio"] == 4,
+        help="whether a window also has the rows of the window before it; state_dim is then"
+        " 2*head_dim; default: true for compress_ratio 4, false for every other",
+    )
+    kv_dtype: str = dtype("bf16", "fp32", help="of kv_score; output may have either dtype")
+    state_dtype: str = dtype("bf16", "fp32", help="of paged_kv and paged_score")
+    next_n: int = integer(
+        range(1, 17), symbol="n{}", help="the most new tokens of a request in one step"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(codegen.Tuning):
+    """How a kernel of paged_kv_compress solves it."""
+
+    reduce_warps: int = integer(WARPS, symbol="w{}", help="warps that share the rows of one window")
+    head_slice: int = integer(
+        POSITIVE,
+        symbol="s{}",
+        help="columns per CTA; head_dim / head_slice CTAs work on one request. It divides head_dim."
+        " cuda: with c = head_slice / (columns in 16 bytes of state), c is 1, 2, 4, 8, 16 or a"
+        " multiple of 32. triton: a power of two",
+    )
+    min_ctas: int = integer(
+        range(1, 33),
+        symbol="c{}",
+        default=1,
+        help="CTAs that the registers of an SM must suffice for. More CTAs hide latency; too many"
+        " make the compiler spill, which `kvfold build` reports",
+    )
+
+
+@dataclass(frozen=True)
+class Arguments(codegen.Arguments):
+    """The arguments of paged_kv_compress."""
+
+    kv_score: Tensor = tensor(
+        "num_tokens, 2*state_dim", "bf16, fp32", help="new tokens: KV, then score"
+    )
+    ape: Tensor = tensor(
+        "compress_ratio, state_dim",
+        "fp32",
+        help="absolute position embedding, added to the score; row = position % compress_ratio",
+    )
+    paged_kv: Tensor = tensor(
+        "num_pages, page_size, state_dim",
+        "bf16, fp32",
+        mutated=True,
+        strides="paged_kv_page_stride, paged_kv_slot_stride",
+        help="KV state",
+    )
+    paged_score: Tensor = tensor(
+        "num_pages, page_size, state_dim",
+        "bf16, fp32",
+        like="paged_kv",
+        mutated=True,
+        strides="paged_score_page_stride, paged_score_slot_stride",
+        help="score state; ape is already added",
+    )
+    block_table_kv: Tensor = tensor(
+        "batch, max_pages", "int32", help="logical page -> physical page of paged_kv"
+    )
+    block_table_score: Tensor = tensor(
+        "batch, max_pages", "int32", help="logical page -> physical page of paged_score"
+    )
+    output: Tensor = tensor(
+        "num_outputs, head_dim", "bf16, fp32", mutated=True, help="compressed rows"
+    )
+    kv_lens: Tensor = tensor("batch", "int32", help="tokens per request after this step")
+    cu_seq_lens: Tensor = tensor(
+        "batch+1", "int32", help="prefix sums of the new tokens per request"
+    )
+    cu_outputs: Tensor = tensor(
+        "batch+1", "int32", help="prefix sums of the output rows reserved per request"
+    )
+    compress_ratio: int = scalar(int, help="tokens per window")
+    next_n: int = scalar(int, help="the most new tokens of a request in this step")
+    prefetch_state: bool = scalar(
+        bool, default=False, help="whether metadata and old rows may be read early"
+    )
+
+
+def problem_of(dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]):
+    """The problem of a call."""
+    head_dim, state_dim = dimensions["head_dim"], dimensions["state_dim"]
+    Problem.field("head_dim").check(head_dim)
+    if dimensions["page_size"] < 1:
+        raise ValueError("paged_kv has page_size 0; accepted: 1 or more")
+    if state_dim not in (head_dim, 2 * head_dim):
+        raise ValueError(
+            f"paged_kv has state_dim {state_dim}; accepted: {head_dim} (= head_dim), or"
+            f" {2 * head_dim} for an overlapping window"
+        )
+    return Problem(
+        head_dim=head_dim,
+        compress_ratio=arguments.compress_ratio,
+        overlap=state_dim != head_dim,
+        kv_dtype=dtypes["kv_score"],
+        state_dtype=dtypes["paged_kv"],
+        next_n=arguments.next_n,
+    )
+
+
+def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
+    """What a variant needs. Raises TableError if it cannot run."""
+    legal_slices = slices(problem.head_dim, problem.state_dtype)
+    if backend == "triton":  # a tile is a power of two wide
+        legal_slices = [width for width in legal_slices if width & (width - 1) == 0]
+    if tuning.head_slice not in legal_slices:
+        if problem.head_dim % tuning.head_slice:
+            what = f"does not divide head_dim {problem.head_dim}"
+        else:
+            what = f"is not the width of a {backend} CTA over {problem.state_dtype} state"
+        raise refuse(tuning, "head_slice", what, legal_slices)
+    shape = window_shape(problem, tuning)
+    threads = shape.threads if backend == "cuda" else 32 * tuning.reduce_warps
+    if threads > MAX_THREADS:
+        most = MAX_THREADS * tuning.reduce_warps // threads
+        what = f"makes a CTA of {threads} threads, more than {MAX_THREADS}"
+        raise refuse(tuning, "reduce_warps", what, [warps for warps in WARPS if warps <= most])
+    if tuning.min_ctas > SM_THREADS // threads:
+        what = f"is more CTAs of {threads} threads than an SM takes"
+        raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // threads + 1))
+    if backend == "triton":
+        return Launch(threads=threads, min_ctas=tuning.min_ctas)
+    return Launch(
+        threads=threads,
+        shared_bytes=shape.shared_bytes,
+        shared_field="head_slice",
+        min_ctas=tuning.min_ctas,
+        constants={"items_at_once": items_at_once(problem, tuning, threads)},
+    )
+
+
+def window_shape(problem: Problem, tuning: Tuning) -> WindowShape:
+    """How the threads of a CTA share a window."""
+    return WindowShape(
+        compress_ratio=problem.compress_ratio,
+        overlap=problem.overlap,
+        state_dtype=problem.state_dtype,
+        reduce_warps=tuning.reduce_warps,
+        head_slice=tuning.head_slice,
+    )
+
+
+def items_at_once(problem: Problem, tuning: Tuning, threads: int) -> int:
+    """Requests of which a storing thread has a vector of columns at once.
+
+    As many as make STORING_BYTES of new rows, if registers suffice for them and for reducing.
+    """
+    if STORING_REGISTERS * threads * tuning.min_ctas > SM_REGISTERS:
+        return 1
+    row_bytes = vector(problem.state_dtype) * (2 * ITEM_BYTES[problem.kv_dtype] + 4)  # and ape
+    return max(1, STORING_BYTES // row_bytes // problem.next_n)
+
+
+def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
+    """Tuning to start from, for a problem without a row."""
+    warps = (8, 4, 2, 1) if problem.compress_ratio > 16 else (1,)
+    for reduce_warps, head_slice in itertools.product(warps, (64, 32, 16, 8)):
+        yield Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
+
+
+def explain(problem: Problem, backend: str, tuning: Tuning, batch: int) -> str:
+    """How a variant runs at a batch size."""
+    per_request = problem.head_dim // tuning.head_slice
+    warps = tuning.reduce_warps
+    share = "1 warp reads" if warps == 1 else f"{warps} warps share"
+    return (
+        f"{batch * per_request} reducing CTAs = {batch} requests x {per_request} slices of"
+        f" {tuning.head_slice} columns; {share} the rows of a window"
+    )
+
+
+SPEC = OpSpec(
+    problem=Problem,
+    tuning=Tuning,
+    arguments=Arguments,
+    axis="batch",
+    axis_help="requests in the step",
+    size_dimension="batch",
+    defined_by={"state_dim": "paged_kv", "batch": "kv_lens"},
+    problem_of=problem_of,
+    launch=launch,
+    propose=propose,
+    explain=explain,
+    may_be_same=(("block_table_kv", "block_table_score"),),
+    params=(
+        "batch",
+        "num_tokens",
+        "num_outputs",
+        "num_pages",
+        "max_pages",
+        "page_size",
+        "uint32 page_multiplier",
+        "page_shift",
+        "output_is_bf16",
+        "store_by_token",
+        "uint32 storing_share",
+        "prefetch_state",
+    ),
+)

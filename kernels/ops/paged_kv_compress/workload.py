@@ -1,0 +1,255 @@
+"""How paged_kv_compress is benchmarked, tuned and tested: one step of decoding, made to order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.codegen import FieldSet, TableError, Variant, choice, integer
+from kvfold.codegen.gpu import SM_REGISTERS, shared_bytes
+from kvfold.ops.paged_kv_compress import oracle, reference, row_by_row
+from kvfold.ops.paged_kv_compress.spec import SPEC, Arguments, Problem, Tuning
+from kvfold.runtime.arguments import DTYPES
+from kvfold.workload import EXACT, Case, Measurement, Search, Tolerance, Workload, copy_of
+
+SCENARIOS = {
+    "all-hit": "every request closes a window",
+    "spread": "one request in compress_ratio / next_n closes a window, as in steady decoding",
+    "no-hit": "no request closes a window",
+}
+ORACLE_BATCH = 16  # the largest batch that plain Python loops check in reasonable time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FieldSet):
+    """A case beside its problem."""
+
+    page_size: int = integer(range(1, 4097), default=32, help="tokens per page")
+    layout: str = choice(
+        "split",
+        "packed",
+        default="split",
+        help="split: KV and score in two pools. packed: side by side in the rows of one pool",
+    )
+    output_dtype: str = choice("bf16", "fp32", default="bf16", help="of the output")
+
+
+def lengths(scenario: str, batch: int, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that each request has before the step and new in it: two int64 arrays of [batch].
+
+    all-hit: every request's window closes, on the last of its next_n new tokens.
+    spread: request i ends at phase next_n*i mod compress_ratio. Request 0 closes a window and, of
+        many, next_n in compress_ratio do.
+    no-hit: no window closes; where next_n tokens always close one, requests have fewer.
+    """
+    ratio, next_n = problem.compress_ratio, problem.next_n
+    request = np.arange(batch)
+    new = next_n if scenario != "no-hit" else min(next_n, ratio - 1)
+    # A few windows in, so that there is history; more where a step is longer than a window.
+    window_end = (-(-next_n // ratio) + request % 3 + 1) * ratio
+    end = {
+        "all-hit": window_end,
+        "spread": window_end + new * request % ratio,
+        "no-hit": window_end + new + new * request % max(1, ratio - new),
+    }[scenario]
+    return end - new, np.full(batch, new)
+
+
+def must_move(start: np.ndarray, new: np.ndarray, problem: Problem, output_bytes: int) -> int:
+    """Bytes that a step must move, each read or written once.
+
+    new tokens x 2 state_dim x (kv_score read + state stored)
+    + distinct positions mod compress_ratio among the new tokens x state_dim x 4 (ape)
+    + for each window that closes: its rows older than this step x 2 head_dim x state
+      (new rows come from kv_score) + head_dim x output_bytes.
+
+    Lengths and block tables are not counted.
+    """
+    ratio, head_dim, overlap = problem.compress_ratio, problem.head_dim, problem.overlap
+    state_dim = head_dim * (2 if overlap else 1)
+    kv_bytes, state_bytes = DTYPES[problem.kv_dtype].itemsize, DTYPES[problem.state_dtype].itemsize
+    end = start + new
+    phases = {p % ratio for s, e in zip(start, end, strict=True) for p in range(s, e)}
+    total = int(new.sum()) * 2 * state_dim * (kv_bytes + state_bytes) + len(phases) * state_dim * 4
+    for s, e in zip(start, end, strict=True):
+        for window in range(s // ratio, e // ratio):
+            first = max(0, (window - int(overlap)) * ratio)
+            old_rows = max(0, min(s, (window + 1) * ratio) - first)
+            total += int(old_rows) * 2 * head_dim * state_bytes + head_dim * output_bytes
+    return total
+
+
+def make(
+    problem: Problem,
+    batch: int,
+    scenario: str,
+    options: Options,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Case:
+    """Makes one step.
+
+    Data are random, physical pages are shuffled, unused entries of the block tables are -1. Every
+    request reserves as many output rows as its new tokens could close.
+    """
+    ratio = problem.compress_ratio
+    state_dim = problem.head_dim * (2 if problem.overlap else 1)
+    state_dtype = DTYPES[problem.state_dtype]
+    start, new = lengths(scenario, batch, problem)
+    end = start + new
+    reserved = -(-new // ratio)
+
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    def int32(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    def prefix_sums(counts: np.ndarray) -> Tensor:
+        return int32(np.concatenate(([0], counts.cumsum())))
+
+    pages = -(-end // options.page_size)
+    in_use = np.arange(pages.max(initial=1)) < pages[:, None]
+
+    def block_table() -> np.ndarray:
+        table = np.full(in_use.shape, -1)
+        table[in_use] = rng.permutation(int(pages.sum()))
+        return table
+
+    pool = (int(pages.sum()), options.page_size)
+    table_kv = block_table()
+    if options.layout == "packed":
+        table_score = table_kv
+        packed = random(*pool, 2 * state_dim, dtype=state_dtype)
+        paged_kv, paged_score = packed.split(state_dim, dim=2)
+    else:
+        table_score = block_table()
+        paged_kv, paged_score = (random(*pool, state_dim, dtype=state_dtype) for _ in range(2))
+    output_dtype = DTYPES[options.output_dtype]
+    output_shape = int(reserved.sum()), problem.head_dim
+    arguments = Arguments(
+        kv_score=random(int(new.sum()), 2 * state_dim, dtype=DTYPES[problem.kv_dtype]),
+        ape=random(ratio, state_dim, dtype=torch.float32),
+        paged_kv=paged_kv,
+        paged_score=paged_score,
+        block_table_kv=int32(table_kv),
+        block_table_score=int32(table_score),
+        output=torch.full(output_shape, torch.nan, dtype=output_dtype, device=device),
+        kv_lens=int32(end),
+        cu_seq_lens=prefix_sums(new),
+        cu_outputs=prefix_sums(reserved),
+        compress_ratio=ratio,
+        next_n=problem.next_n,
+    )
+    return Case(
+        arguments=arguments,
+        moved_bytes=must_move(start, new, problem, output_dtype.itemsize),
+        rows=int((end // ratio - start // ratio).sum()),
+    )
+
+
+def expected(arguments: Arguments) -> Mapping[str, Tensor]:
+    """What a call must leave: by the oracle or, for a large batch, by the reference."""
+    if arguments.kv_lens.numel() <= ORACLE_BATCH:
+        return oracle.expected(arguments)
+    copies = copy_of(arguments, ("paged_kv", "paged_score"))
+    copies = replace(copies, output=arguments.output.float())
+    reference.run(copies)
+    return {name: getattr(copies, name) for name in ("paged_kv", "paged_score", "output")}
+
+
+# ---- tuning --------------------------------------------------------------------------------------
+
+REDUCE_WARPS = (1, 2, 4, 8, 16)
+HEAD_SLICES = (16, 32, 64, 128, 256, 512)
+REGISTER_BUDGETS = (128, 96, 80)  # registers per thread to try to make do with
+RESERVED_BYTES = 1024  # of an SM's shared memory that the system takes per CTA
+TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill
+
+
+def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
+    """Tuning worth a trial."""
+    for reduce_warps, head_slice in itertools.product(REDUCE_WARPS, HEAD_SLICES):
+        tuning = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
+        try:
+            variant = Variant(problem=problem, backend=backend, tuning=tuning)
+            variant.check_arch(arch)
+        except TableError:  # what cannot run is no candidate
+            continue
+        if backend == "triton" and _tile(problem, variant) > TRITON_TILE:
+            continue
+        for min_ctas in _min_ctas(variant, arch):
+            yield replace(tuning, min_ctas=min_ctas)
+
+
+def _tile(problem: Problem, variant: Variant) -> float:
+    """Values of state per thread."""
+    rows = problem.compress_ratio * (2 if problem.overlap else 1)
+    return rows * variant.tuning.head_slice / variant.launch.threads
+
+
+def _min_ctas(variant: Variant, arch: str) -> list[int]:
+    """Values of min_ctas to try: by budgets of registers, as far as shared memory allows."""
+    needed = variant.launch.shared_bytes + RESERVED_BYTES
+    most = (shared_bytes(arch) + RESERVED_BYTES) // needed  # an SM has one KiB more than a CTA
+    fitting = {
+        min(most, SM_REGISTERS // (variant.launch.threads * budget)) for budget in REGISTER_BUDGETS
+    }
+    return [1, *sorted(ctas for ctas in fitting if ctas >= 2)]
+
+
+# ---- the workload --------------------------------------------------------------------------------
+
+_RATIO_4 = {"sizes": (16, 64, 128, 256, 512), "scenarios": ("all-hit",)}
+
+WORKLOAD = Workload(
+    spec=SPEC,
+    options=Options,
+    scenarios=SCENARIOS,
+    defaults={
+        "head_dim": 512,
+        "compress_ratio": 128,
+        "kv_dtype": "bf16",
+        "state_dtype": "fp32",
+        "next_n": 4,
+    },
+    sizes=(1, 16, 32, 64, 128, 256, 512),
+    check_size=16,
+    make=make,
+    expected=expected,
+    tolerances={
+        "paged_kv": EXACT,
+        "paged_score": EXACT,
+        # fp32 rounding and the order of the sums; for bf16, half a unit in the last place.
+        "output": Tolerance(2e-5, {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}),
+    },
+    metadata=("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs"),
+    prefetch={"none": {}, "state": {"prefetch_state": True}},
+    yardsticks={"row_by_row": row_by_row.bind},
+    search=Search(
+        candidates=candidates,
+        shared_field="next_n",
+        # no-hit counts least: of the many requests of a large batch one nearly always closes one.
+        mixture={"all-hit": 0.45, "spread": 0.45, "no-hit": 0.1},
+        sizes=(1, 4, 16, 32, 64, 128, 256, 512),
+    ),
+    suite=(
+        Measurement(baseline=True),
+        Measurement(options={"page_size": 128}, scenarios=("all-hit",)),
+        Measurement(options={"layout": "packed"}, scenarios=("all-hit",)),
+        Measurement(problem={"state_dtype": "bf16"}, sizes=(16, 64, 128, 256, 512)),
+        Measurement(problem={"compress_ratio": 4, "next_n": 1}, **_RATIO_4),
+        Measurement(problem={"compress_ratio": 4}, **_RATIO_4),
+        Measurement(problem={"compress_ratio": 4, "next_n": 1, "head_dim": 128}, **_RATIO_4),
+        Measurement(problem={"compress_ratio": 4, "head_dim": 128}, **_RATIO_4),
+        Measurement(sizes=(16, 128, 256, 512), override={"backend": "triton"}),
+    ),
+)

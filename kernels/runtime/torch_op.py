@@ -1,0 +1,214 @@
+"""Torch ops made from their declarations: schema, checks, dispatch, and the repeated call."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvfold.codegen import OpSpec, TensorArgument, Variant, op_spec, op_specs, schema
+from kvfold.runtime import dispatch, internals, repeat
+from kvfold.runtime.arguments import check, check_tensors, refuse
+from kvfold.runtime.driver import Kernel
+
+_LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
+_ALIGNED = 15  # the low bits of the address of a row of floats
+_data_ptr = torch.Tensor.data_ptr
+
+
+@functools.cache
+def torch_op(op: str) -> TorchOp:
+    """The op of this name, registered as torch.ops.kvfold.<op>."""
+    return TorchOp(op_spec(op))
+
+
+def register_all() -> None:
+    """Registers every op as torch.ops.kvfold.<op>."""
+    for op in op_specs():
+        torch_op(op)
+
+
+class TorchOp:
+    """An op that is called like the torch op, but quicker where a call repeats an earlier one."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self.spec = spec
+        self.__doc__ = spec.arguments.__doc__
+        _LIBRARY.define(
+            schema(spec.name, spec.arguments),
+            # The kernels use the strides that they are given; inductor must not change them.
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+        )
+        torch.library.impl(_LIBRARY, spec.name, "CPU")(self._run)
+        torch.library.impl(_LIBRARY, spec.name, "CUDA")(self._run)
+        torch.library.register_fake(f"kvfold::{spec.name}", lib=_LIBRARY)(self._fake)
+        self._torch_op = getattr(torch.ops.kvfold, spec.name).default
+
+        declared = spec.arguments.declared()
+        tensors = [isinstance(one, TensorArgument) for one in declared]
+        self._tensors = sum(tensors)
+        assert tensors == sorted(tensors, reverse=True), "tensors come before scalars"
+        self._scalars = len(declared) - self._tensors
+        self._defaults = tuple(one.default for one in spec.arguments.declared_scalars())
+        self._keyed = _covering(spec)
+        self._floats = [
+            i for i, one in enumerate(spec.arguments.declared_tensors()) if one.is_float
+        ]
+        # Tensors that may be one tensor; a guard takes no tensor twice.
+        names = [one.name for one in spec.arguments.declared_tensors()]
+        self._twins = [tuple(map(names.index, pair)) for pair in spec.may_be_same]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the op. Raises ValueError or TableError before anything is launched or written."""
+        tensors, scalars = self._split(args, kwargs)
+        key = None
+        if not torch.compiler.is_compiling():
+            if internals.FOUND and internals.unobserved():
+                key = self._key("direct", tensors, scalars)
+                if key is not None and self._launch_again(key, tensors):
+                    return
+            check_tensors(self.spec, self.spec.arguments(*tensors, *scalars))
+        self._torch_op(*tensors, *scalars)
+        if key is not None:
+            self._remember_direct(key, tensors, scalars)
+
+    def run_variant(self, variant: Variant, *args: Any, **kwargs: Any) -> None:
+        """Runs the op with exactly this variant, which the table need not hold.
+
+        Raises:
+            ValueError: as the op; or the variant solves another problem.
+        """
+        tensors, scalars = self._split(args, kwargs)
+        arguments = self.spec.arguments(*tensors, *scalars)
+        call = check(self.spec, arguments)
+        if call.problem != variant.problem:
+            raise ValueError(f"{variant.symbol} solves {variant.problem}; got {call.problem}")
+        if call.size:
+            with on_device(call.device):
+                dispatch.bind(variant, call.device)(arguments)
+
+    # ---- what torch's dispatcher calls -----------------------------------------------------------
+
+    def _run(self, *args: Any, **kwargs: Any) -> None:
+        tensors, scalars = self._split(args, kwargs)
+        key = self._key("dispatcher", tensors, scalars)
+        if key is not None and self._launch_again(key, tensors):
+            return
+        arguments = self.spec.arguments(*tensors, *scalars)
+        call = check(self.spec, arguments)
+        if not call.size:
+            return
+        launcher = dispatch.launcher(call.problem, call.size, call.device)
+        with on_device(call.device):
+            if isinstance(launcher, Kernel) and key is not None and self._may_remember(tensors):
+                launch = launcher.pack(arguments)
+                launch(list(map(_data_ptr, tensors)))
+                repeat.remember(key, self._different(tensors), launch)
+            else:
+                launcher(arguments)
+
+    def _fake(self, *args: Any, **kwargs: Any) -> None:
+        """Reached by fake tensors, and by a call in which any tensor is on the meta device."""
+        tensors, _ = self._split(args, kwargs)
+        for one, tensor in zip(self.spec.arguments.declared_tensors(), tensors, strict=True):
+            if tensor.device != tensors[0].device:
+                first = self.spec.arguments.declared_tensors()[0].name
+                accepted = f"{tensors[0].device}, where {first} is"
+                refuse(self.spec.name, one.name, f"on {tensor.device}", accepted)
+
+    # ---- repeated calls --------------------------------------------------------------------------
+
+    def _key(self, entry: str, tensors: tuple, scalars: tuple) -> tuple | None:
+        """Tells most calls apart at little cost: by scalars and shapes, and by what is current.
+
+        A guard depends on torch's dispatch state, so each entry, direct or through the dispatcher,
+        has keys of its own. None for arguments that are no tensors.
+        """
+        try:
+            shapes = tuple([tensors[i].shape for i in self._keyed])
+            on_gpu = tensors[0].is_cuda
+        except AttributeError:
+            return None
+        return (
+            self,
+            entry,
+            scalars,
+            shapes,
+            tuple([tensors[i] is tensors[j] for i, j in self._twins]),
+            internals.current_device() if on_gpu else -1,
+            torch.is_inference_mode_enabled(),
+        )
+
+    def _launch_again(self, key: tuple, tensors: tuple) -> bool:
+        """Launches if a call like this one is known; returns whether it did."""
+        try:
+            launch = repeat.find(key, self._different(tensors))
+        except TypeError:  # a scalar without a hash or an argument that is no tensor
+            return False
+        if launch is None:
+            return False
+        pointers = list(map(_data_ptr, tensors))
+        bits = 0
+        for i in self._floats:
+            bits |= pointers[i]
+        if bits & _ALIGNED:
+            return False  # a view of the same layout whose rows are not aligned
+        launch(pointers)
+        return True
+
+    def _remember_direct(self, key: tuple, tensors: tuple, scalars: tuple) -> None:
+        """Lets calls like this one, which went through the dispatcher, be launched without it."""
+        through_dispatcher = self._key("dispatcher", tensors, scalars)
+        different = self._different(tensors)
+        launch = repeat.launch_of(through_dispatcher, different)
+        if launch is not None and self._may_remember(tensors):
+            repeat.remember(key, different, launch)
+
+    def _may_remember(self, tensors: tuple) -> bool:
+        first = tensors[0]
+        here = first.is_cuda and first.device.index == torch.cuda.current_device()
+        return here and repeat.can_remember(self._different(tensors))
+
+    def _different(self, tensors: tuple) -> tuple:
+        """The tensors, one that is passed as two arguments only once."""
+        again = [j for i, j in self._twins if tensors[i] is tensors[j]]
+        if not again:
+            return tensors
+        return tuple([tensor for j, tensor in enumerate(tensors) if j not in again])
+
+    def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, tuple]:
+        """Tensors and scalars of a call, defaults filled in. Raises TypeError like a function."""
+        if kwargs or len(args) < self._tensors or len(args) > self._tensors + self._scalars:
+            args = self.spec.arguments(*args, **kwargs).args()
+        scalars = args[self._tensors :]
+        missing = self._scalars - len(scalars)
+        if missing:
+            defaults = self._defaults[-missing:]
+            if None in defaults:
+                self.spec.arguments(*args)  # raises the TypeError of a missing argument
+            scalars += defaults
+        return args[: self._tensors], scalars
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a CUDA device torch's current one; does nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _covering(spec: OpSpec) -> Sequence[int]:
+    """Indices of few tensors whose shapes tell every dimension of the op that varies."""
+    left = set(spec.definitions)
+    tensors = list(enumerate(spec.arguments.declared_tensors()))
+    chosen = []
+    while left:
+        index, one = max(tensors, key=lambda item: len(left & _names(item[1])))
+        chosen.append(index)
+        left -= _names(one)
+    return sorted(chosen)
+
+
+def _names(one: TensorArgument) -> set[str]:
+    return {dimension.name for dimension in one.shape if dimension.name}

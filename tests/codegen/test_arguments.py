@@ -1,0 +1,180 @@
+"""Declared arguments: dimensions, the schema of the torch op, and the CUDA parameter struct."""
+
+import struct
+from dataclasses import dataclass
+
+import pytest
+from strategies import OP
+
+from kvfold import codegen
+from kvfold.codegen import ParamStruct, op_spec, scalar, schema, tensor
+from kvfold.codegen.arguments import Dimension
+from kvfold.codegen.render import params_header
+from kvfold.runtime import compiler
+
+
+@dataclass(frozen=True)
+class Arguments(codegen.Arguments):
+    """A declaration with every kind of argument."""
+
+    x: object = tensor("rows, 2*width", "bf16, fp32", help="read")
+    index: object = tensor("rows+1", "int32", help="read")
+    pool: object = tensor(
+        "pages, rows, 16", "fp32", mutated=True, strides="page_stride, row_stride", help="written"
+    )
+    codes: object = tensor("rows, width", "uint8", like="x", mutated=True, help="written")
+    count: int = scalar(int, help="required")
+    flag: bool = scalar(bool, default=False, help="optional")
+    eps: float = scalar(float, default=1e-6, help="optional")
+    mode: str = scalar(str, default="once", help="optional")
+
+
+# ---- dimensions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "plain", "value"),
+    [
+        ("rows", (1, "rows", 0), True, 5),
+        ("state_dim", (1, "state_dim", 0), True, 7),
+        ("2*rows", (2, "rows", 0), False, 10),
+        ("rows+1", (1, "rows", 1), False, 6),
+        ("3*rows+2", (3, "rows", 2), False, 17),
+        ("16", (0, None, 16), False, 16),
+        ("0", (0, None, 0), False, 0),
+    ],
+)
+def test_dimension(text, parts, plain, value):
+    dimension = Dimension.parse(text)
+    assert (dimension.factor, dimension.name, dimension.offset) == parts
+    assert dimension.plain is plain
+    assert dimension.value({"rows": 5, "state_dim": 7}) == value
+    assert str(dimension) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "rows-1", "rows*2", "2rows", "2*", "+1", "-1", "rows +1", "Rows", "rows+columns", "1_0"],
+)
+def test_other_text_is_no_dimension(text):
+    with pytest.raises(ValueError, match="is no dimension; accepted: name, 2"):
+        Dimension.parse(text)
+
+
+# ---- declarations --------------------------------------------------------------------------------
+
+
+def test_declared_arguments_are_in_order():
+    assert [one.name for one in Arguments.declared()] == [
+        "x", "index", "pool", "codes", "count", "flag", "eps", "mode",
+    ]  # fmt: skip
+    tensors, scalars = Arguments.declared_tensors(), Arguments.declared_scalars()
+    assert Arguments.declared() == (*tensors, *scalars)
+    assert [one.shape_text for one in tensors] == [
+        "[rows, 2*width]", "[rows+1]", "[pages, rows, 16]", "[rows, width]",
+    ]  # fmt: skip
+    assert [one.strides for one in tensors] == [
+        ("x_stride",), (), ("page_stride", "row_stride"), ("codes_stride",),
+    ]  # fmt: skip
+    assert [one.is_float for one in tensors] == [True, False, True, False]
+    assert [one.default for one in scalars] == [None, False, 1e-6, "once"]
+
+
+def test_strides_of_a_tensor_of_three_dimensions_must_be_named():
+    @dataclass(frozen=True)
+    class Unnamed(codegen.Arguments):
+        pool: object = tensor("pages, rows, width", "fp32", help="written")
+
+    with pytest.raises(AssertionError, match="name the 2 outer strides of pool"):
+        Unnamed.declared()
+
+
+def test_args_are_the_values_in_the_ops_order():
+    arguments = Arguments("x", "index", "pool", codes="codes", count=3, mode="twice")
+    assert arguments.args() == ("x", "index", "pool", "codes", 3, False, 1e-6, "twice")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'count'"):
+        Arguments("x", "index", "pool", "codes")
+
+
+def test_schema_declares_what_is_written_and_what_may_be_left_out():
+    assert schema("toy", Arguments) == (
+        "toy(Tensor x, Tensor index, Tensor(a!) pool, Tensor(b!) codes, int count,"
+        ' bool flag=False, float eps=1e-06, str mode="once") -> ()'
+    )
+
+
+def test_torch_reads_the_schema_as_it_is_meant():
+    torch = pytest.importorskip("torch")
+    parsed = torch._C.parse_schema(schema("toy", Arguments))
+    written = [one.name for one in parsed.arguments if one.alias_info and one.alias_info.is_write]
+    assert written == ["pool", "codes"]
+    assert [one.name for one in parsed.arguments] == [one.name for one in Arguments.declared()]
+    assert [one.default_value for one in parsed.arguments][-3:] == [False, 1e-6, "once"]
+
+
+# ---- the parameter struct ------------------------------------------------------------------------
+
+
+def test_members_are_pointers_then_strides_then_integers():
+    params = ParamStruct.of(Arguments, ("rows", "uint32 share"))
+    assert list(params.members()) == [
+        ("const void*", "x"),
+        ("const int*", "index"),
+        ("float*", "pool"),
+        ("uint8*", "codes"),
+        ("int64", "x_stride"),
+        ("int64", "page_stride"),
+        ("int64", "row_stride"),
+        ("int64", "codes_stride"),
+        ("int", "rows"),
+        ("uint32", "share"),
+    ]
+    assert params.size == 4 * 8 + 4 * 8 + 2 * 4
+    assert ParamStruct.of(Arguments, ("a", "b", "c")).size == 4 * 8 + 4 * 8 + 3 * 4 + 4
+
+
+def test_what_follows_the_pointers_is_packed_in_the_order_of_the_members():
+    params = ParamStruct.of(Arguments, ("rows", "uint32 share"))
+    packed = params.pack([1, -2, 3, 4], {"share": 2**32 - 1, "rows": -7, "other": 0})
+    assert struct.unpack("4qiI", packed) == (1, -2, 3, 4, -7, 2**32 - 1)
+    with pytest.raises(KeyError, match="share"):
+        params.pack([1, 2, 3, 4], {"rows": 1})
+    with pytest.raises(struct.error):
+        params.pack([1, 2, 3], {"rows": 1, "share": 1})
+
+
+def offsets(params: ParamStruct) -> dict[str, tuple[int, int]]:
+    """Member -> offset and size, by the rules of Python's struct module."""
+    formats = {"int64": "q", "int": "i", "uint32": "I"}
+    found, before = {}, ""
+    for kind, name in params.members():
+        code = formats.get(kind, "P")
+        found[name] = struct.calcsize(f"{before}0{code}"), struct.calcsize(code)
+        before += code
+    return found
+
+
+@pytest.mark.skipif(compiler.unavailable() is not None, reason="no CUDA compiler here")
+def test_the_struct_that_python_packs_is_the_struct_that_cuda_has():
+    params = op_spec(OP).param_struct
+    layout = offsets(params)
+    assert len(layout) == len(params.pointers) + len(params.strides) + len(params.integers)
+    # __INTADDR__ is NVRTC's offsetof.
+    checks = [
+        f"static_assert(__INTADDR__(&((Params*)0)->{name}) == {offset}"
+        f' && sizeof(Params::{name}) == {size}, "{name}");'
+        for name, (offset, size) in layout.items()
+    ]
+    checks.append(f"static_assert(sizeof(Params) == {params.size});")
+
+    def compile_checks(lines):
+        source = "\n".join(
+            [f'#include "{params_header(OP)}"', f"using {OP}::Params;", *lines,
+             'extern "C" __global__ void checks() {}']
+        )  # fmt: skip
+        return compiler.compile_source("checks", source, compiler.headers_of(source), "sm_90")
+
+    assert compile_checks(checks).cubin
+    wrong = checks[-2].replace("== ", "== 1 + ", 1)
+    with pytest.raises(compiler.CompileError, match="static assertion failed"):
+        compile_checks([*checks[:-2], wrong])
