@@ -39,7 +39,7 @@ format: setup  ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 docs: setup  ## write the tables of README and docs anew
-	$(BIN)/python -m kvfold.bench.documents
+	$(BIN)/python docs/tables.py
 
 gpu: SHELL := /bin/bash -o pipefail
 gpu:  ## on a GPU: install without dependencies, GPU tests, demo, benchmarks

@@ -33,9 +33,7 @@ def plot_kernels(report: KernelReport, file: Path) -> None:
         raise ValueError("the report has no rows to plot")
     groups: dict[str, list[KernelRow]] = {}
     for row in report.rows:
-        fields = row.problem | row.options
-        title = ", ".join(f"{name} {str(value).lower()}" for name, value in fields.items())
-        groups.setdefault(f"{row.op}: {title}; {row.l2} L2", []).append(row)
+        groups.setdefault(f"{row.op}: {row.described}", []).append(row)
     columns = max(2, *(len({row.scenario for row in rows}) for rows in groups.values()))
     figure = Figure(figsize=(4 * columns, 4.8 * len(groups)), layout="constrained")
     figure.suptitle(f"{report.device}, {report.date[:10]}")

@@ -113,6 +113,17 @@ class KernelRow:
         return (self.op, *self.problem.values(), *self.options.values(), self.scenario, self.l2)
 
     @property
+    def described(self) -> str:
+        """The problem, the options and the L2 in words."""
+        fields = (self.problem | self.options).items()
+        return f"{', '.join(f'{name} {str(v).lower()}' for name, v in fields)}; {self.l2} L2"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the dispatched variant without prefetch, which others are compared with."""
+        return (self.chosen_by, self.prefetch) == ("table", "none")
+
+    @property
     def tuning(self) -> str:
         """The end of the variant's symbol, which says how the problem is solved: 'w8_s64'."""
         problem = op_spec(self.op).problem.of(self.problem)
@@ -272,8 +283,7 @@ def load(report_type: type[R], file: Path) -> R:
         _require(kind == report_type.KIND, kind, ".kind", report_type.KIND)
         return _decode(content, report_type, "")
     except (ValueError, RecursionError) as error:
-        what = " ".join(str(error).split())
-        raise ValueError(f"{file} is no {report_type.KIND} results file: {what}") from None
+        raise ValueError(f"{file} is no {report_type.KIND} results file: {error}") from None
 
 
 def _decode(value: Any, wanted: Any, place: str) -> Any:

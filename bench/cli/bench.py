@@ -10,34 +10,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from kvfold.bench import plot as plotting
 from kvfold.bench import records
-from kvfold.bench.cli.common import (
-    FromFile,
-    JsonFile,
-    Op,
-    PlotFile,
-    PrefetchModes,
-    Scenarios,
-    Sizes,
-    Words,
-    app,
-    bold,
-    check_writable,
-    clear_errors,
-    console,
-    count,
-    current_gpu,
-    grid,
-    integers,
-    names,
-    one_value,
-    parse_words,
-    progress,
-    refuse_with_from,
-    refuse_without_gpu,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, clear_errors, count, names, option
 from kvfold.bench.measure import runner
 from kvfold.bench.measure.runner import Checked, Plan
 from kvfold.bench.records import KernelReport, KernelRow
@@ -45,39 +23,34 @@ from kvfold.codegen import FieldSet, choice, op_spec
 from kvfold.codegen.spec import BACKENDS
 from kvfold.workload import Measurement, Workload, workload
 
+SCENARIO_HELP = "Scenarios; by default all of the op's."
+OVERRIDE_HELP = (
+    "The backend or a tuning field to change: the changed variant is timed in place of the"
+    " dispatched one. The table need not hold it. May be repeated. `kvfold table fields OP`"
+    " explains the fields."
+)
+BASELINE_HELP = (
+    "Also time the dispatched variant beside an override, the op's yardsticks, and the host's part"
+    " of a call."
+)
+
 
 @app.command()
 @clear_errors
 def bench(
-    op: Op,
-    words: Words = None,
-    sizes: Sizes = None,
-    scenario: Scenarios = None,
-    prefetch: PrefetchModes = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FIELD=VALUE",
-            help="The backend or a tuning field to change: the changed variant is timed in place of"
-            " the dispatched one. The table need not hold it. May be repeated. `kvfold table fields"
-            " OP` explains the fields.",
-            show_default=False,
-        ),
-    ] = None,
-    baseline: Annotated[
-        bool,
-        typer.Option(
-            "--baseline",
-            help="Also time the dispatched variant beside an override, the op's yardsticks, and the"
-            " host's part of a call.",
-        ),
-    ] = False,
+    op: common.Op,
+    words: common.Words = None,
+    sizes: common.Sizes = None,
+    scenario: Annotated[str | None, option(SCENARIO_HELP, "--scenario", metavar="LIST")] = None,
+    prefetch: common.Prefetch = None,
+    override: Annotated[list[str] | None, option(OVERRIDE_HELP, metavar="FIELD=VALUE")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help=BASELINE_HELP)] = False,
     suite: Annotated[
-        bool, typer.Option("--suite", help="Measure the op's standard suite, in one run.")
+        bool, typer.Option("--suite", help="Measure the op's standard suite.")
     ] = False,
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
-    source: FromFile = None,
+    json_file: common.JsonFile = None,
+    plot: common.PlotFile = None,
+    source: common.FromFile = None,
 ) -> None:
     """Time an op's kernels against the memory's limit. Each is checked before it is timed.
 
@@ -85,38 +58,26 @@ def bench(
     Without a GPU nothing is timed: the op is checked on the CPU, at small sizes.
     """
     work = workload(op)
-    selected = {
-        "FIELD=VALUE": words,
-        f"--{work.spec.axis}": sizes,
-        "--scenario": scenario,
-        "--override": override,
-        "--baseline": baseline,
-    }
-    if plot is not None:
-        plotting.require(plot)
-        check_writable(plot, "--plot")
+    selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,
+                "--override": override, "--baseline": baseline}  # fmt: skip
+    common.check_plot(plot)
     if source is not None:
-        refuse_with_from(
-            {**selected, "--prefetch": prefetch, "--suite": suite, "--json": json_file}
-        )
+        others = {"--prefetch": prefetch, "--suite": suite, "--json": json_file}
+        common.refuse(selected | others, "--from measures nothing")
         _show(_loaded(source, op), plot)
         return
-    check_writable(json_file, "--json")
+    common.check_writable(json_file, "--json")
     if suite:
-        for name, value in selected.items():
-            if value:
-                raise ValueError(f"--suite measures what the op declares; {name} is not accepted")
-        measurements = work.suite
-    else:
-        measurements = [_measurement(work, words, sizes, scenario, override, baseline)]
+        common.refuse(selected, "--suite measures what the op declares")
     modes = None if prefetch is None else names(prefetch)
-    plans = [runner.plan(work, one, modes) for one in measurements]
-    device = current_gpu()
+    measurements = [_measurement(work, words, sizes, scenario, override, baseline)]
+    plans = [runner.plan(work, one, modes) for one in (work.suite if suite else measurements)]
+    device = common.current_gpu()
     if device is None:
-        refuse_without_gpu({"--json": json_file, "--plot": plot})
+        common.refuse({"--json": json_file, "--plot": plot}, common.NO_GPU)
         _check_on_cpu(work, plans)
         return
-    with progress() as bar:
+    with common.progress() as bar:
         task = bar.add_task("measuring the limit", total=sum(len(one.points) for one in plans))
         report = runner.measure(
             plans, device, lambda point: bar.update(task, description=str(point), advance=1)
@@ -143,18 +104,14 @@ def _measurement(
     override: Sequence[str] | None,
     baseline: bool,
 ) -> Measurement:
-    spec = work.spec
-    problem, options = parse_words(
-        words or [], spec.problem, work.options, what=f"problem field or case field of {spec.name}"
-    )
-    if scenario is not None:
-        runner.check_names(names(scenario), work.scenarios, "scenario")
+    spec, what = work.spec, f"problem field or case field of {work.spec.name}"
+    problem, options = common.parse_words(words or [], spec.problem, work.options, what=what)
     return Measurement(
         problem=problem,
         options=options,
-        sizes=None if sizes is None else integers(f"--{spec.axis}", sizes),
+        sizes=None if sizes is None else common.integers(f"--{spec.axis}", sizes),
         scenarios=None if scenario is None else names(scenario),
-        override=parse_override(work, override or []),
+        override=_override(work, override or []),
         baseline=baseline,
     )
 
@@ -166,45 +123,37 @@ class Backend(FieldSet):
     backend: str = choice(*BACKENDS, help="what compiles and launches the kernel")
 
 
-def parse_override(work: Workload, words: Sequence[str]) -> dict[str, Any]:
+def _override(work: Workload, words: Sequence[str]) -> dict[str, Any]:
     """['backend=triton', 'reduce_warps=4'] -> {'backend': 'triton', 'reduce_warps': 4}."""
     what = f"tuning field of {work.spec.name}"
-    backend, tuning = parse_words(words, Backend, work.spec.tuning, what=what)
-    return {**one_value(backend), **one_value(tuning)}
+    backend, tuning = common.parse_words(words, Backend, work.spec.tuning, what=what)
+    return {**common.one_value(backend), **common.one_value(tuning)}
 
 
 def _check_on_cpu(work: Workload, plans: Sequence[Plan]) -> None:
-    most = work.check_size
+    """Checks the op at the plans' points, with sizes that a CPU checks in reasonable time."""
+    axis, most = work.spec.axis, work.check_size
     print(
-        "No CUDA GPU is here, so nothing is timed. The op is checked on the CPU instead."
-        f" Where {work.spec.axis} is above {most}, {most} is checked."
+        f"{common.NO_GPU}. The op is checked on the CPU instead. Where {axis} is above {most},"
+        f" {most} is checked."
     )
-    small = [_small(plan, most) for plan in plans]
-    checked = []
-    with progress() as bar:
-        task = bar.add_task("checking", total=sum(len(plan.points) for plan in small))
-        for plan in small:
-            for one in runner.check(plan, torch.device("cpu")):
-                checked.append(one)
-                bar.advance(task)
-    out = console()
+    points = [replace(one, size=min(one.size, most)) for plan in plans for one in plan.points]
+    plan = replace(plans[0], points=tuple(dict.fromkeys(points)))
+    with common.progress() as bar:
+        points = runner.check(plan, torch.device("cpu"))
+        checked = list(bar.track(points, total=len(plan.points), description="checking"))
+    out = common.console()
     for problem, found in groupby(checked, key=lambda one: str(one.point.problem)):
-        out.print(bold(f"\n{work.spec.name}: {problem}"))
-        out.print(_checked(work.spec.axis, found))
+        out.print(common.heading(f"{work.spec.name}: {problem}"))
+        out.print(_checked(axis, found))
     print(f"Right at {count(len(checked), 'point')}: each value is exact or within its tolerance.")
-
-
-def _small(plan: Plan, most: int) -> Plan:
-    """The plan with every size cut to what a CPU checks in reasonable time."""
-    points = [replace(point, size=min(point.size, most)) for point in plan.points]
-    return replace(plan, points=tuple(dict.fromkeys(points)))
 
 
 # ---- what is shown -------------------------------------------------------------------------------
 
 
-def _show(report: KernelReport, plot) -> None:
-    out = console()
+def _show(report: KernelReport, plot: Path | None) -> None:
+    out = common.console(least=110)
     out.print(
         f"{report.device}, {report.date}: reads {report.read_bandwidth_gbs:.0f} GB/s, copies"
         f" {report.copy_bandwidth_gbs:.0f} GB/s, empty graph node {report.empty_node_us:.2f} us",
@@ -218,40 +167,30 @@ def _show(report: KernelReport, plot) -> None:
         plotting.plot_kernels(report, plot)
 
 
-def _times(rows: Sequence[KernelRow]) -> Iterator[RichTable]:
+def _times(rows: Sequence[KernelRow]) -> Iterator[Text | RichTable]:
     """One grid per problem, options and scenario."""
-    dispatched = {
-        (row.panel, row.size): row.median_us
-        for row in rows
-        if (row.chosen_by, row.prefetch) == ("table", "none")
-    }
+    plain = {(row.panel, row.size): row for row in rows if row.is_plain}
     for _, panel in groupby(rows, key=lambda row: row.panel):
         found = list(panel)
         first = found[0]
-        fields = first.problem | first.options
-        described = ", ".join(f"{name} {str(value).lower()}" for name, value in fields.items())
-        title = f"{first.op}, {first.scenario}: {described}, {first.l2} L2"
+        yield common.heading(f"{first.op}, {first.scenario}: {first.described}")
         left = [op_spec(first.op).axis, "kernel", "chosen\nby", "prefetch"]
         right = ["us", "min", "max", "limit", "effi-\nciency", "MB", "GB/s", "ratio", "host\nus"]
-        view = grid(title, left, right)
+        view = common.grid(left, right, padding=0)
         for row in found:
-            base = dispatched.get((row.panel, row.size))
-            ratio = "" if base is None else f"{row.median_us / base:.2f}x"
-            host = row.host_us.get("call")
+            base = None if row.is_plain else plain.get((row.panel, row.size))
             view.add_row(
                 str(row.size),
                 row.tuning,
                 row.chosen_by,
                 row.prefetch,
-                bold(f"{row.median_us:.2f}"),
-                f"{row.min_us:.2f}",
-                f"{row.max_us:.2f}",
-                f"{row.limit_us:.2f}",
+                common.bold(f"{row.median_us:.2f}"),
+                *(f"{us:.2f}" for us in (row.min_us, row.max_us, row.limit_us)),
                 f"{row.efficiency:.0%}",
                 f"{row.moved_bytes / 1e6:.2f}",
                 f"{row.moved_bytes / (1000 * row.median_us):.0f}",
-                "" if (row.chosen_by, row.prefetch) == ("table", "none") else ratio,
-                "" if host is None else f"{host:.1f}",
+                "" if base is None else f"{row.median_us / base.median_us:.2f}x",
+                f"{row.host_us['call']:.1f}" if "call" in row.host_us else "",
             )
         yield view
 
@@ -264,20 +203,15 @@ def _host_times(rows: Iterable[KernelRow]) -> str | None:
     kinds = dict.fromkeys(kind for one in measured for kind in one)
     medians = {k: statistics.median(one[k] for one in measured if k in one) for k in kinds}
     text = ", ".join(f"{kind} {us:.1f}" for kind, us in medians.items())
-    points = count(len(measured), "point")
-    return f"host us per eager call, median over {points}: {text}"
+    return f"host us per eager call, median over {count(len(measured), 'point')}: {text}"
 
 
 def _checked(axis: str, points: Iterable[Checked]) -> RichTable:
     """What a machine without a GPU finds for one problem."""
-    view = grid(None, ["scenario", "case"], [axis, "rows\nwritten", "largest\nerror"])
-    view.padding = (0, 1)
+    view = common.grid(["scenario", "case"], [axis, "rows\nwritten", "largest\nerror"])
     for one in points:
-        size, rows, error = one.point.size, one.rows, one.largest_error
-        case = _shown(one.point.options)
-        view.add_row(one.point.scenario, case, str(size), str(rows), f"{error:.1e}")
+        given = one.point.options.given()
+        case = ", ".join(f"{name} {value}" for name, value in given.items()) or "default"
+        numbers = str(one.point.size), str(one.rows), f"{one.largest_error:.1e}"
+        view.add_row(one.point.scenario, case, *numbers)
     return view
-
-
-def _shown(options: FieldSet) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.given().items()) or "default"

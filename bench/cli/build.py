@@ -9,41 +9,26 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvfold.bench import build as building
-from kvfold.bench.cli.common import (
-    app,
-    clear_errors,
-    console,
-    count,
-    current_gpu,
-    fail,
-    grid,
-    progress,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, clear_errors, count, option
 from kvfold.codegen import Variant, load_table
 from kvfold.runtime import compiler, cubin_cache, dispatch
 from kvfold.runtime.compiler import Compiled
+
+ARCH_HELP = (
+    "Architecture to compile for, as sm_90; may be repeated. By default this machine's GPU's;"
+    " without a GPU, sm_90."
+)
+OUT_HELP = "Folder to write the cubins to, as well."
+EMIT_HELP = "Write the generated CUDA sources to --out, as well."
 
 
 @app.command()
 @clear_errors
 def build(
-    arch: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Architecture to compile for, as sm_90; may be repeated. By default this machine's"
-            " GPU's; without a GPU, sm_90.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder to write the cubins to, as well.", show_default=False
-        ),
-    ] = None,
-    emit: Annotated[
-        bool, typer.Option("--emit", help="Write the generated CUDA sources to --out, as well.")
-    ] = False,
+    arch: Annotated[list[str] | None, option(ARCH_HELP)] = None,
+    out: Annotated[Path | None, option(OUT_HELP, metavar="DIR")] = None,
+    emit: Annotated[bool, typer.Option("--emit", help=EMIT_HELP)] = False,
 ) -> None:
     """Compile every CUDA variant of the table into the cache, in parallel. Needs no GPU.
 
@@ -53,7 +38,7 @@ def build(
     if emit and out is None:
         raise ValueError("--emit needs --out DIR, where to write the sources")
     if (why := compiler.unavailable()) is not None:
-        fail(f"no NVRTC here ({why}); pip install 'kvfold[cuda]'", 1)
+        common.fail(f"no NVRTC here ({why}); pip install 'kvfold[cuda]'", 1)
     archs = list(dict.fromkeys(arch or [_own_arch()]))
     for name in archs:
         _check_arch(name)
@@ -66,7 +51,7 @@ def build(
                 print(f"wrote {file}")
     jobs = [(variant, name) for name in archs for variant in building.variants_for(table, name)]
     codes, compiled = [], 0
-    with progress() as bar:
+    with common.progress() as bar:
         task = bar.add_task("compiling", total=len(jobs))
         for code, fresh in building.compile_all(jobs):
             if out is not None:
@@ -74,7 +59,7 @@ def build(
             codes.append(code)
             compiled += fresh
             bar.advance(task)
-    console().print(_codes(jobs, codes))
+    common.console().print(_codes(jobs, codes))
     spilling = sum(code.spill_bytes > 0 for code in codes)
     print(
         f"{count(len(codes), 'variant')} for {', '.join(archs)}: {compiled} compiled now,"
@@ -86,7 +71,7 @@ def build(
 
 
 def _own_arch() -> str:
-    gpu = current_gpu()
+    gpu = common.current_gpu()
     return "sm_90" if gpu is None else dispatch.arch_of(gpu)
 
 
@@ -101,7 +86,8 @@ def _check_arch(arch: str) -> None:
 
 def _codes(jobs: list[tuple[Variant, str]], codes: Iterable[Compiled]) -> RichTable:
     """One line per variant and architecture, in the jobs' order."""
-    view = grid(None, ["variant", "arch"], ["registers", "spilled\nbytes", "shared\nbytes"])
+    numbers = ["registers", "spilled\nbytes", "shared\nbytes"]
+    view = common.grid(["variant", "arch"], numbers, padding=0)
     found = {(code.symbol, code.arch): code for code in codes}
     for variant, arch in jobs:
         code = found[variant.symbol, arch]

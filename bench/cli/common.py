@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 import kvfold
+from kvfold.bench import plot
 from kvfold.bench.measure.runner import SIZES
 from kvfold.bench.measure.verify import WrongResult
 from kvfold.codegen import FieldSet, op_specs
@@ -33,61 +34,42 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+
+NO_GPU = "No CUDA GPU is here, so nothing is timed"
+
+
+def option(help: str, *names: str, metavar: str | None = None) -> Any:
+    """An option; its help says what happens without it."""
+    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+
+
+def words_argument(help: str) -> Any:
+    """The argument FIELD=VALUE of a command."""
+    help += " `kvfold table fields OP` explains the fields."
+    return typer.Argument(metavar="FIELD=VALUE...", help=help, show_default=False)
+
+
 Op = Annotated[str, typer.Argument(help=f"The op: {', '.join(op_specs())}.", metavar="OP")]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="FIELD=VALUE...",
-        help="Problem fields, as head_dim=128. A list, as next_n=1,2,4, stands for each of its"
-        " values. `kvfold table fields OP` explains the fields.",
-        show_default=False,
+    words_argument(
+        "Problem fields, as head_dim=128. A list, as next_n=1,2,4, stands for each of its values."
     ),
 ]
 # The size option has the names of all ops' axes: --batch, --tokens.
 SIZE_NAMES = ("--size", *dict.fromkeys(f"--{spec.axis}" for spec in op_specs().values()))
 Sizes = Annotated[
+    str | None, option("Sizes on the op's axis, as 1,16,64.", *SIZE_NAMES, metavar="LIST")
+]
+Prefetch = Annotated[
     str | None,
-    typer.Option(
-        *SIZE_NAMES,
-        metavar="LIST",
-        help="Sizes on the op's axis, as 1,16,64.",
-        show_default=False,
-    ),
+    option("Prefetch modes of the op, as none; by default all.", "--prefetch", metavar="LIST"),
 ]
-Scenarios = Annotated[
-    str | None,
-    typer.Option(
-        "--scenario",
-        metavar="LIST",
-        help="Scenarios; by default all of the op's.",
-        show_default=False,
-    ),
-]
-PrefetchModes = Annotated[
-    str | None,
-    typer.Option(
-        "--prefetch",
-        metavar="LIST",
-        help="What the calls prefetch: none, or another of the op's modes. By default all modes.",
-        show_default=False,
-    ),
-]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the results.", show_default=False),
-]
-PlotFile = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE.png", help="Draw the results.", show_default=False),
-]
+JsonFile = Annotated[Path | None, option("Write the results.", "--json", metavar="FILE")]
+PlotFile = Annotated[Path | None, option("Draw the results.", "--plot", metavar="FILE.png")]
 FromFile = Annotated[
     Path | None,
-    typer.Option(
-        "--from",
-        metavar="FILE",
-        help="Show the results that --json wrote before; measures nothing.",
-        show_default=False,
-    ),
+    option("Use what --json wrote before; measures nothing.", "--from", metavar="FILE"),
 ]
 
 
@@ -158,18 +140,18 @@ def check_writable(file: Path | None, name: str) -> None:
         raise ValueError(f"{name} is {file}, which is read-only")
 
 
-def refuse_with_from(given: Mapping[str, object]) -> None:
-    """Raises ValueError for an option or argument that --from leaves nothing to do."""
-    for name, value in given.items():
-        if value:
-            raise ValueError(f"--from measures nothing; {name} is not accepted with it")
+def check_plot(file: Path | None) -> None:
+    """Raises ValueError if a plot could not be drawn into a file."""
+    if file is not None:
+        plot.require(file)
+        check_writable(file, "--plot")
 
 
-def refuse_without_gpu(given: Mapping[str, object]) -> None:
-    """Raises ValueError for an option that writes what only a GPU can measure."""
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises ValueError for the first option or argument, by name, that was given."""
     for name, value in given.items():
         if value:
-            raise ValueError(f"no CUDA GPU is here, so there are no times for {name} to write")
+            raise ValueError(f"{why}: {name} is not accepted")
 
 
 def current_gpu() -> torch.device | None:
@@ -248,11 +230,16 @@ def names(text: str) -> tuple[str, ...]:
 # ---- output --------------------------------------------------------------------------------------
 
 
-def console() -> Console:
-    """Standard output. Text is never read as markup: paths and values may hold brackets."""
+def console(least: int = 0) -> Console:
+    """Standard output. Text is never read as markup: paths and values may hold brackets.
+
+    Args:
+        least: columns that the output has, even if the terminal is narrower.
+    """
     found = Console(highlight=False, markup=False)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = 160
+    found.width = max(found.width, least)
     return found
 
 
@@ -270,15 +257,24 @@ def progress() -> Progress:
     )
 
 
-def grid(title: str | None, left: Sequence[str], right: Sequence[str]) -> RichTable:
-    """An empty table; columns in `right` hold numbers."""
-    table = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def grid(left: Sequence[str], right: Sequence[str], padding: int = 1) -> RichTable:
+    """An empty table; columns in `right` hold numbers.
+
+    Args:
+        padding: spaces beside a column.
+    """
+    table = RichTable(box=box.SIMPLE_HEAD)
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
-    table.padding = 0
+    table.padding = (0, padding)
     return table
+
+
+def heading(text: str) -> Text:
+    """The line above a table."""
+    return Text(f"\n{text}", style="bold")
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> RichTable:

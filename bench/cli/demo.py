@@ -6,16 +6,8 @@ import typer
 from rich.table import Table as RichTable
 
 from kvfold.bench import demo as simulation
-from kvfold.bench.cli.common import (
-    app,
-    clear_errors,
-    console,
-    count,
-    current_gpu,
-    facts,
-    fail,
-    progress,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, clear_errors, count, option
 from kvfold.bench.demo import Summary
 
 
@@ -25,22 +17,22 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps to simulate.")] = 300,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all random numbers.")] = 0,
     device: Annotated[
-        str | None,
-        typer.Option(help="cpu or cuda; by default cuda where there is a GPU.", show_default=False),
+        str | None, option("cpu or cuda; by default cuda where there is a GPU.")
     ] = None,
 ) -> None:
     """Simulate decoding with speculative tokens and check every compressed row."""
+    gpu = common.current_gpu()
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device is {device!r}; accepted: cpu, cuda")
-    if device == "cuda" and current_gpu() is None:
+    if device == "cuda" and gpu is None:
         raise ValueError("--device is 'cuda', but torch finds no CUDA GPU; accepted: cpu")
-    device = device or ("cpu" if current_gpu() is None else "cuda")
-    with progress() as bar:
+    device = device or ("cpu" if gpu is None else "cuda")
+    with common.progress() as bar:
         task = bar.add_task("decoding", total=steps)
         summary = simulation.run(steps, device, seed, on_step=lambda: bar.advance(task))
-    console().print(_summary(summary))
+    common.console().print(_summary(summary))
     if summary.wrong:
-        fail(f"{count(summary.wrong, 'wrong row')}, the first at {summary.first_wrong}", 1)
+        common.fail(f"{count(summary.wrong, 'wrong row')}, the first at {summary.first_wrong}", 1)
 
 
 def _summary(done: Summary) -> RichTable:
@@ -57,4 +49,4 @@ def _summary(done: Summary) -> RichTable:
     ]
     if done.replayed:
         rows.insert(4, ("CUDA graphs", f"{done.replayed} of the steps were one graph launch"))
-    return facts(rows)
+    return common.facts(rows)

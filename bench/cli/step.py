@@ -1,50 +1,31 @@
 """kvfold step: times a whole decode step."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 from rich.table import Table as RichTable
 
 from kvfold.bench import plot as plotting
 from kvfold.bench import records
-from kvfold.bench.cli.common import (
-    FromFile,
-    JsonFile,
-    PlotFile,
-    app,
-    bold,
-    check_writable,
-    clear_errors,
-    console,
-    current_gpu,
-    grid,
-    integers,
-    progress,
-    refuse_with_from,
-    refuse_without_gpu,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, clear_errors, option
 from kvfold.bench.records import StepReport, StepRow
 from kvfold.bench.step.measure import BATCHES, measure
 from kvfold.bench.step.model import Shape, trace
 from kvfold.bench.step.modes import MODES, check
 
+BATCHES_HELP = f"Batch sizes; by default {','.join(map(str, BATCHES))}."
+
 
 @app.command("step")
 @clear_errors
 def step_command(
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help=f"Batch sizes; by default {','.join(map(str, BATCHES))}.",
-            show_default=False,
-        ),
-    ] = None,
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
-    source: FromFile = None,
+    batch: Annotated[str | None, option(BATCHES_HELP, "--batch", metavar="LIST")] = None,
+    json_file: common.JsonFile = None,
+    plot: common.PlotFile = None,
+    source: common.FromFile = None,
 ) -> None:
     """Time a whole decode step, uploads of metadata included, in four modes.
 
@@ -53,24 +34,22 @@ def step_command(
 
     First all modes are checked to give the same bits. Without a GPU only a small model is checked.
     """
-    if plot is not None:
-        plotting.require(plot)
-        check_writable(plot, "--plot")
+    common.check_plot(plot)
     if source is not None:
-        refuse_with_from({"--batch": batch, "--json": json_file})
+        common.refuse({"--batch": batch, "--json": json_file}, "--from measures nothing")
         _show(records.load(StepReport, source), plot)
         return
-    batches = BATCHES if batch is None else integers("--batch", batch)
-    check_writable(json_file, "--json")
-    device = current_gpu()
+    batches = BATCHES if batch is None else common.integers("--batch", batch)
+    common.check_writable(json_file, "--json")
+    device = common.current_gpu()
     if device is None:
-        refuse_without_gpu({"--json": json_file, "--plot": plot})
-        print("No CUDA GPU is here, so nothing is timed. The modes are checked on the CPU instead.")
+        common.refuse({"--json": json_file, "--plot": plot}, common.NO_GPU)
+        print(f"{common.NO_GPU}. The modes are checked on the CPU instead.")
         shape = Shape((128, 4, 128, 4), batch=4, hidden=64, head_dim=128)
         check(shape, torch.device("cpu"), trace(shape, 100), 100)
         print(f"100 steps of 4 layers: the same bits in {', '.join(MODES)}")
         return
-    with progress() as bar:
+    with common.progress() as bar:
         each = 1 + len(MODES)  # a check, then the modes; their profiles come last
         task = bar.add_task("", total=len(batches) * each + 1)
         report = measure(
@@ -81,9 +60,11 @@ def step_command(
     _show(report, plot)
 
 
-def _show(report: StepReport, plot) -> None:
-    out = console()
+def _show(report: StepReport, plot: Path | None) -> None:
+    out = common.console()
     out.print(f"{report.device}, {report.date}", soft_wrap=True)
+    problem = ", ".join(f"{name} {value}" for name, value in report.rows[0].problem.items())
+    out.print(common.heading(f"One decode step: {problem}"))
     out.print(_times(report.rows))
     if plot is not None:
         plotting.plot_steps(report, plot)
@@ -91,20 +72,15 @@ def _show(report: StepReport, plot) -> None:
 
 def _times(rows: Sequence[StepRow]) -> RichTable:
     """What a decode step costs in each mode."""
-    numbers = ["us", "min", "max", "host us", "kernels us", "copies us", "synchro-\nnisations"]
-    problem = ", ".join(f"{name} {value}" for name, value in rows[0].problem.items())
-    view = grid(f"One decode step: {problem}", ["batch", "mode"], numbers)
-    view.padding = (0, 1)
+    numbers = ["us", "min", "max", "host\nus", "kernels\nus", "copies\nus", "synchro-\nnisations"]
+    view = common.grid(["batch", "mode"], numbers, padding=0)
     for row in rows:
+        times = [row.min_us, row.max_us, row.host_us, row.device_us, row.copy_us]
         view.add_row(
             str(row.batch),
             row.mode,
-            bold(f"{row.median_us:.0f}"),
-            f"{row.min_us:.0f}",
-            f"{row.max_us:.0f}",
-            f"{row.host_us:.0f}",
-            f"{row.device_us:.0f}",
-            "" if row.copy_us is None else f"{row.copy_us:.0f}",
+            common.bold(f"{row.median_us:.0f}"),
+            *("" if us is None else f"{us:.0f}" for us in times),
             str(row.synchronisations),
         )
     return view

@@ -10,23 +10,15 @@ import typer
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kvfold.bench.cli.common import (
-    SIZE_NAMES,
-    Op,
-    app,
-    bold,
-    clear_errors,
-    console,
-    count,
-    facts,
-    grid,
-    one_value,
-    parse_words,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, bold, clear_errors, count, option
 from kvfold.codegen import Bucket, Table, Variant, load_table, op_spec
 from kvfold.codegen.documentation import field_rows
 from kvfold.workload import workload
 
+WORDS_HELP = (
+    "Problem fields, as head_dim=128; those left out have the values that `kvfold bench` takes."
+)
 table_app = typer.Typer(no_args_is_help=True)
 app.add_typer(
     table_app,
@@ -48,7 +40,7 @@ def table_list(
     if as_json:
         print(json.dumps(_as_json(table), indent=1))
         return
-    out = console()
+    out = common.console()
     out.print(f"{table.path}: {counts(table)}", soft_wrap=True)
     for view in _variants(table) if every else _rows(table):
         out.print(view)
@@ -63,33 +55,22 @@ def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")])
 
 @table_app.command("fields")
 @clear_errors
-def table_fields(op: Op) -> None:
+def table_fields(op: common.Op) -> None:
     """Explain the fields of a row of the table."""
     view = RichTable.grid(padding=(0, 2))
     view.add_column(no_wrap=True)
     for name, kind, legal, default, meaning in field_rows(op_spec(op)):
         about = f"{kind}; legal: {legal}" + (f"; default: {default}" if default else "")
         view.add_row(bold(name), Text.assemble(meaning, "\n", (about, "dim")))
-    console().print(view)
+    common.console().print(view)
 
 
 @table_app.command("explain")
 @clear_errors
 def table_explain(
-    op: Op,
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FIELD=VALUE...",
-            help="Problem fields, as head_dim=128. Those left out have the values that `kvfold"
-            " bench` takes. `kvfold table fields OP` explains the fields.",
-            show_default=False,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(*SIZE_NAMES, help="Size on the op's axis.", show_default=False),
-    ] = None,
+    op: common.Op,
+    words: Annotated[list[str] | None, common.words_argument(WORDS_HELP)] = None,
+    size: Annotated[int | None, option("Size on the op's axis.", *common.SIZE_NAMES)] = None,
     backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
     arch: Annotated[
         str, typer.Option(help="Of the GPU, as sm_90; any: the rows for any GPU.")
@@ -97,13 +78,13 @@ def table_explain(
 ) -> None:
     """Say which variant a problem gets, and why."""
     table, spec = load_table(), op_spec(op)
-    (problem,) = parse_words(words or [], spec.problem, what=f"problem field of {op}")
+    (problem,) = common.parse_words(words or [], spec.problem, what=f"problem field of {op}")
     if size is None:
         raise ValueError(f"--{spec.axis} is missing; accepted: the number of {spec.axis_help}")
-    fields = {**workload(op).defaults, **one_value(problem), spec.axis: size}
+    fields = {**workload(op).defaults, **common.one_value(problem), spec.axis: size}
     variant = table.select(op, backend=backend, arch=arch, **fields)
     for view in _explanation(table, variant, size, arch):
-        console().print(view)
+        common.console().print(view)
 
 
 def counts(table: Table) -> str:
@@ -118,18 +99,17 @@ def counts(table: Table) -> str:
 def _rows(table: Table) -> Iterator[Text | RichTable]:
     """A heading for the rows of the same problems, then one line per row."""
     rows = [list(found) for _, found in groupby(table.buckets, key=lambda bucket: bucket.where)]
-    for heading, found in groupby(rows, key=_heading):
+    for title, found in groupby(rows, key=_title):
         alike = list(found)
-        view = grid(None, ["line", alike[0][0].variant.spec.axis, "tuning"], ["variants"])
-        view.padding = (0, 1)
+        view = common.grid(["line", alike[0][0].variant.spec.axis, "tuning"], ["variants"])
         for row in alike:
             tuning = _merged([bucket.variant.tuning.given() for bucket in row])
             view.add_row(str(row[0].line), row[0].range, tuning, str(len(row)))
-        yield bold(f"\n{heading}")
+        yield common.heading(title)
         yield view
 
 
-def _heading(row: list[Bucket]) -> str:
+def _title(row: list[Bucket]) -> str:
     """The op, backends, architectures and problems of a row."""
     backends = _distinct(bucket.variant.backend for bucket in row)
     problems = _merged([bucket.variant.problem.values() for bucket in row])
@@ -137,10 +117,11 @@ def _heading(row: list[Bucket]) -> str:
     return f"{row[0].variant.op}, {backends}, arch {arch}: {problems}"
 
 
-def _variants(table: Table) -> Iterator[RichTable]:
+def _variants(table: Table) -> Iterator[Text | RichTable]:
     """One grid per op, one line per variant and range."""
     for op, buckets in groupby(table.buckets, key=lambda bucket: bucket.variant.op):
-        view = grid(op, ["variant", op_spec(op).axis, "arch"], ["line"])
+        yield common.heading(op)
+        view = common.grid(["variant", op_spec(op).axis, "arch"], ["line"], padding=0)
         for bucket in buckets:
             view.add_row(bucket.variant.symbol, bucket.range, bucket.arch, str(bucket.line))
         yield view
@@ -179,7 +160,7 @@ def _explanation(
         f" {variant.backend}, arch {chosen.arch}"
     )
     launch = variant.launch
-    why = facts(
+    why = common.facts(
         [
             ("problem", f"{variant.problem}; {spec.axis} {size}"),
             ("variant", bold(variant.symbol)),
@@ -188,7 +169,7 @@ def _explanation(
             ("per CTA", f"{launch.threads} threads, {launch.shared_bytes} bytes of shared memory"),
         ]
     )
-    ranges = grid(f"by {spec.axis}", ["", spec.axis, "variant"], ["line"])
+    ranges = common.grid(["", spec.axis, "variant"], ["line"], padding=0)
     for bucket in buckets:
         mark = "->" if bucket == chosen else ""
         ranges.add_row(mark, bucket.range, bucket.variant.symbol, str(bucket.line))

@@ -9,27 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from kvfold.bench import records
-from kvfold.bench.cli.common import (
-    JsonFile,
-    Op,
-    PrefetchModes,
-    Sizes,
-    Words,
-    app,
-    bold,
-    check_writable,
-    clear_errors,
-    console,
-    current_gpu,
-    grid,
-    integers,
-    names,
-    parse_words,
-    progress,
-    refuse_with_from,
-)
+from kvfold.bench.cli import common
+from kvfold.bench.cli.common import app, clear_errors, option
 from kvfold.bench.cli.table import counts
 from kvfold.bench.records import TuneReport
 from kvfold.bench.tuning import gpu, report, search, table_file
@@ -38,46 +22,30 @@ from kvfold.codegen import load_table, op_spec
 from kvfold.runtime import compiler, dispatch
 from kvfold.workload import workload
 
+MIXTURE_HELP = (
+    "Weights of the scenarios, as all-hit=0.5,spread=0.5. By default the op's or, with --from, the"
+    " file's."
+)
+TABLE_HELP = (
+    "Table to write the rows into; by default the one that KVFOLD_CONFIG names. With neither they"
+    " are only shown."
+)
+DRY_RUN_HELP = "Show the table's change as a diff; do not write it."
+
 
 @app.command()
 @clear_errors
 def tune(
-    op: Op,
-    words: Words = None,
-    sizes: Sizes = None,
-    prefetch: PrefetchModes = None,
-    backend: Annotated[
-        str | None, typer.Option(help="cuda or triton; by default cuda.", show_default=False)
-    ] = None,
-    mixture: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights of the scenarios, as all-hit=0.5,spread=0.5. By default the op's.",
-            show_default=False,
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table to write the rows into; by default the one that KVFOLD_CONFIG names."
-            " With neither they are only shown.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the table's change as a diff; do not write it.")
-    ] = False,
-    json_file: JsonFile = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Choose from the times that --json wrote before; measures nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    op: common.Op,
+    words: common.Words = None,
+    sizes: common.Sizes = None,
+    prefetch: common.Prefetch = None,
+    backend: Annotated[str | None, option("cuda or triton; by default cuda.")] = None,
+    mixture: Annotated[str | None, option(MIXTURE_HELP)] = None,
+    table: Annotated[Path | None, option(TABLE_HELP, metavar="FILE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+    json_file: common.JsonFile = None,
+    source: common.FromFile = None,
 ) -> None:
     """Time every variant that can run on this GPU and write the best as rows of a table.
 
@@ -93,30 +61,33 @@ def tune(
     """
     work = workload(op)
     weights = None if mixture is None else search.parse_mixture(mixture, work.scenarios)
-    option = "--table"
+    given_by = "--table"
     if table is None and os.environ.get("KVFOLD_CONFIG"):
-        option, table = "KVFOLD_CONFIG", Path(os.environ["KVFOLD_CONFIG"])
+        given_by, table = "KVFOLD_CONFIG", Path(os.environ["KVFOLD_CONFIG"])
     if dry_run and table is None:
         raise ValueError("--dry-run needs --table FILE, or KVFOLD_CONFIG to name it")
     if not dry_run:
-        check_writable(table, option)
+        common.check_writable(table, given_by)
     if source is not None:
         given = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--prefetch": prefetch}
-        refuse_with_from({**given, "--backend": backend, "--json": json_file})
+        given |= {"--backend": backend, "--json": json_file}
+        common.refuse(given, "--from measures nothing")
         measured, plan, times = report.read(source)
         if measured.op != op:
             raise ValueError(f"{source} holds times of {measured.op}; accepted: of {op}")
         plan = _weighted(plan, weights)
     else:
-        check_writable(json_file, "--json")
-        (problem,) = parse_words(words or [], work.spec.problem, what=f"problem field of {op}")
+        common.check_writable(json_file, "--json")
+        (problem,) = common.parse_words(
+            words or [], work.spec.problem, what=f"problem field of {op}"
+        )
         plan = search.plan(
             op,
             {**work.defaults, **problem},
             backend=backend or "cuda",
-            sizes=None if sizes is None else integers(f"--{work.spec.axis}", sizes),
+            sizes=None if sizes is None else common.integers(f"--{work.spec.axis}", sizes),
             mixture=weights,
-            prefetch=None if prefetch is None else names(prefetch),
+            prefetch=None if prefetch is None else common.names(prefetch),
         )
         measured, times = _measure(plan, table)
         if json_file is not None:
@@ -135,15 +106,15 @@ def _weighted(plan: Plan, weights: Mapping[str, float] | None) -> Plan:
 
 def _measure(plan: Plan, table: Path | None) -> tuple[TuneReport, list[Times]]:
     """Times what is planned on this machine's GPU, if the table can take its rows."""
-    device = current_gpu()
+    device = common.current_gpu()
     if device is None:
-        raise ValueError("no CUDA GPU is here, so nothing can be timed; accepted: --from FILE")
+        raise ValueError(f"{common.NO_GPU}; accepted: --from FILE")
     if plan.backend == "cuda" and (why := compiler.unavailable()):
         raise ValueError(f"backend is 'cuda', but there is no NVRTC here ({why})")
     if table is not None:  # now, with any rows, because measuring takes minutes
         arch = dispatch.arch_of(device)
         table_file.replaced(table, report.buckets(search.untimed(plan, arch), arch), plan.command)
-    with progress() as bar:
+    with common.progress() as bar:
         task = bar.add_task("compiling")
         times = gpu.run(
             plan,
@@ -160,7 +131,7 @@ def _choose(
 ) -> None:
     """Shows the times and the chosen rows, and writes these into the table."""
     tuned = report.choose(plan, times)
-    out = console()
+    out = common.console()
     for one in tuned:
         for view in _times(one, plan):
             out.print(view)
@@ -178,7 +149,7 @@ def _choose(
     print(f"wrote {table}: {counts(load_table(table))}")
 
 
-def _times(tuned: Tuned, plan: Plan) -> Iterator[RichTable]:
+def _times(tuned: Tuned, plan: Plan) -> Iterator[Text | RichTable]:
     """A family's times, one grid per scenario and prefetch: the variants timed everywhere.
 
     Those chosen are bold where they serve.
@@ -189,13 +160,13 @@ def _times(tuned: Tuned, plan: Plan) -> Iterator[RichTable]:
         chosen |= {size: one.variant for size in sizes if one.min_size <= size <= last}
     axis = op_spec(plan.op).axis
     for prefetch, scenario in itertools.product(plan.prefetch, plan.scenarios):
-        title = f"{scenario}, prefetch {prefetch}: {tuned.family}; us by {axis}"
-        view = grid(title, ["tuning"], list(map(str, sizes)))
+        yield common.heading(f"{scenario}, prefetch {prefetch}: {tuned.family}; us by {axis}")
+        view = common.grid(["tuning"], list(map(str, sizes)), padding=0)
         for variant in search.timed_everywhere(tuned.times, plan):
             found = tuned.times[variant]
             texts = [f"{found[TimePoint(prefetch, scenario, size)]:.2f}" for size in sizes]
             cells = [
-                bold(text) if chosen[size] == variant else text
+                common.bold(text) if chosen[size] == variant else text
                 for size, text in zip(sizes, texts, strict=True)
             ]
             view.add_row("_".join(variant.tuning.symbol_parts()), *cells)

@@ -221,7 +221,7 @@ def parse_mixture(text: str, scenarios: Iterable[str]) -> dict[str, float]:
             raise refused
         found[name] = weight
     total = sum(found.values())
-    if not total:
+    if not 0 < total < math.inf:
         raise refused
     return {name: weight / total for name, weight in found.items() if weight}
 

@@ -10,8 +10,7 @@ from kvfold.bench.measure import limit, runner, timing
 from kvfold.codegen import Variant, load_table
 from kvfold.ops.paged_kv_compress import reference
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
-
-CPU = torch.device("cpu")
+from kvfold.runtime.torch_op import torch_op
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +65,7 @@ class FakeGpu:
 def fake_gpu(monkeypatch) -> FakeGpu:
     """Stands in for the GPU in the benchmark: with the shipped table, an H100 and three cases."""
     gpu = FakeGpu()
+    torch_op(WORKLOAD.spec.name)  # registered, for torch.ops
 
     def op(*args) -> None:
         gpu.launcher("op")(WORKLOAD.spec.arguments(*args))

@@ -6,6 +6,7 @@ import pytest
 import kvfold
 from kvfold.bench import demo
 from kvfold.ops.paged_kv_compress import reference
+from kvfold.ops.paged_kv_compress.spec import Arguments
 
 
 def test_a_short_run_is_right():
@@ -13,7 +14,7 @@ def test_a_short_run_is_right():
     done = demo.run(40, on_step=lambda: steps.append(1))
     assert done.wrong == 0 and done.first_wrong is None
     assert done.steps == len(steps) == 40
-    assert done.rows > 500 and done.again > 0
+    assert done.rows > 500 and done.recomputed > 0
     assert 0 < done.largest_error < 1e-5
     assert done.device == "CPU" and done.backend == "reference"
 
@@ -25,24 +26,28 @@ def test_the_seed_decides_all():
 
 
 def no_store(*args):
-    """Emits, but forgets the new tokens."""
-    pools = args[2].clone(), args[3].clone()
-    reference.paged_kv_compress(*args)
-    args[2].copy_(pools[0])
-    args[3].copy_(pools[1])
+    """Emits, but does not store the new tokens."""
+    arguments = Arguments(*args)
+    pools = arguments.paged_kv.clone(), arguments.paged_score.clone()
+    reference.run(arguments)
+    arguments.paged_kv.copy_(pools[0])
+    arguments.paged_score.copy_(pools[1])
 
 
 def no_output(*args):
-    reference.paged_kv_compress(*args[:6], args[6].clone(), *args[7:])
+    """Stores, but writes no row."""
+    reference.run(Arguments(*args[:6], args[6].clone(), *args[7:]))
 
 
 def imprecise(*args):
-    reference.paged_kv_compress(*args)
+    """Is off by a thousandth."""
+    reference.run(Arguments(*args))
     args[6].mul_(1.001)
 
 
 def extra_rows(*args):
-    reference.paged_kv_compress(*args)
+    """Also writes rows that no window fills."""
+    reference.run(Arguments(*args))
     args[6].nan_to_num_(0)
 
 
@@ -74,14 +79,14 @@ def test_requests_come_roll_back_and_go():
     assert requests.served > 8
 
 
-def test_pages_are_shared_and_never_held_twice():
+def test_pages_are_shared_and_no_page_has_two_owners():
     pages = demo.Pages(3, 10, np.random.default_rng(0))
-    pages.hold(0, 0, 3)
-    pages.hold(1, 2, 4)
+    pages.reserve(0, 0, 3)
+    pages.reserve(1, 2, 4)
     kept = pages.table[0, 2:4].tolist()
-    pages.hold(0, 2, 5)
+    pages.reserve(0, 2, 5)
     assert pages.table[0, 2:4].tolist() == kept
-    held = pages.table[pages.table >= 0].tolist()
-    assert sorted(held + pages.free) == list(range(10))
-    pages.hold(0, 0, -1)
+    reserved = pages.table[pages.table >= 0].tolist()
+    assert sorted(reserved + pages.free) == list(range(10))
+    pages.reserve(0, 0, -1)
     assert (pages.table[0] == -1).all() and len(pages.free) == 7

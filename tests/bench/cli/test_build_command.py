@@ -95,15 +95,16 @@ def test_build_refuses_what_it_cannot_do(small, monkeypatch):
 
 def test_the_arch_is_this_machines_gpu(small, monkeypatch):
     from kvfold.bench.cli import build as command
+    from kvfold.bench.cli import common
 
     asked = []
     monkeypatch.setattr(compiler, "unavailable", lambda: None)
     monkeypatch.setattr(command, "_check_arch", asked.append)
     monkeypatch.setattr(build, "compile_all", lambda jobs: iter(()))
     monkeypatch.setattr(command, "_codes", lambda jobs, codes: "")
-    monkeypatch.setattr(command, "current_gpu", lambda: None)
+    monkeypatch.setattr(common, "current_gpu", lambda: None)
     kvfold_command("build")
-    monkeypatch.setattr(command, "current_gpu", lambda: "a GPU")
+    monkeypatch.setattr(common, "current_gpu", lambda: "a GPU")
     monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_100")
     kvfold_command("build")
     assert asked == ["sm_90", "sm_100"]
@@ -166,6 +167,7 @@ def wait_for(condition) -> None:
         (signal.SIGTERM, starting_workers, (143,)),
         (signal.SIGTERM, compiling, (143,)),
         (signal.SIGKILL, starting_workers, (-signal.SIGKILL,)),
+        (signal.SIGKILL, compiling, (-signal.SIGKILL,)),
     ],
 )
 def test_a_build_that_is_stopped_leaves_no_worker_and_says_nothing(number, when, codes, tmp_path):

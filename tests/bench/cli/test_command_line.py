@@ -192,11 +192,12 @@ def new_process(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_a_missing_package_is_named_with_what_to_install(missing, new_process, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+@pytest.mark.parametrize("module", ["typer", "rich", "rich.table"])
+def test_a_missing_package_is_named_with_what_to_install(module, new_process, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(SystemExit) as exit:
         main()
+    missing = module.partition(".")[0]
     says = f"kvfold: the command line needs {missing}: pip install 'kvfold[cli]'"
     assert exit.value.code == says  # which Python prints on stderr, and exits with 1
 

@@ -7,12 +7,14 @@ A test compares them with what they are made from, so no figure is typed in by h
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from kvfold.bench.plot import plot_kernels
-from kvfold.bench.records import ROOT, KernelReport, KernelRow, StepReport, load
-from kvfold.codegen import load_table, op_spec
+from kvfold.bench.records import KernelReport, KernelRow, StepReport, load
+from kvfold.codegen import op_spec
 from kvfold.codegen.documentation import argument_rows, field_rows, markdown
 
+ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/step.md", "docs/fields.md")
 RESULTS = ROOT / "bench" / "results" / "h100"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -220,13 +222,6 @@ def step() -> str:
     return markdown(("microseconds", *(f"`{mode}`" for mode in modes)), iter(lines))
 
 
-def table_listing() -> str:
-    """What `kvfold table check` says of the shipped table."""
-    from kvfold.bench.cli.table import counts
-
-    return f"```\n{counts(load_table())}\n```"
-
-
 BLOCKS: dict[str, Callable[..., str]] = {
     "arguments": arguments,
     "fields": fields,
@@ -238,7 +233,6 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "triton": triton,
     "host": host,
     "step": step,
-    "table": table_listing,
 }
 
 
