@@ -10,20 +10,14 @@ def main() -> None:
     # the process at once.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from kvfold.bench.cli import main as run
+        from kvfold.bench.cli import app
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("typer", "rich"):
             raise
         sys.exit(f"kvfold: the command line needs {package}: pip install 'kvfold[cli]'")
     signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGTERM, _exit)
-    run()
-
-
-def _exit(number: int, frame: object) -> None:
-    """Ends the process as sys.exit does, so that it ends its workers."""
-    sys.exit(128 + number)
+    app(prog_name="kvfold")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ number of the drafts. The others are rolled back. The simulator keeps the histor
 and computes each compressed row from it in float64.
 """
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +52,6 @@ class Summary:
     first_wrong: str | None = None
     largest_error: float = 0.0
     replayed: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,22 +83,19 @@ def run(
     Raises:
         TableError: the table in force has no row for the demo's problems.
     """
-    began = time.perf_counter()
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     slots, head_dim = (64, 512) if on_gpu else (32, 128)
     requests = Requests(slots, np.random.default_rng(seed))
+    layers = [Layer(head_dim, ratio, slots, device, seed) for ratio in COMPRESS_RATIOS]
+    parameters = [{"ape": layer.ape.cpu()} for layer in layers]
     summary = Summary(
         device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
         backend=dispatch.backend_for(device.type),
     )
-    with _one_thread(), contextlib.ExitStack() as stack:
-        layers = [Layer(head_dim, ratio, slots, device, seed) for ratio in COMPRESS_RATIOS]
-        batch = stack.enter_context(StepBatch(device))
-        parameters = [{"ape": layer.ape.cpu()} for layer in layers]
-        prefetcher = stack.enter_context(SegmentPrefetcher(parameters, device, 1 << 22))
+    with StepBatch(device) as batch, SegmentPrefetcher(parameters, device, 1 << 22) as prefetcher:
 
-        def dispatch_layers(inputs: dict[str, Tensor], size: int) -> None:
+        def compress(inputs: dict[str, Tensor], size: int) -> None:
             for number, layer in enumerate(layers):
                 with prefetcher.segment(number) as parameters:
                     layer.compress(inputs, parameters["ape"], size)
@@ -114,8 +109,9 @@ def run(
             arrays = {}
             for layer in layers:
                 arrays |= layer.prepare(step)
-            with batch.step(len(step.slot)) as one:
-                one.run(dispatch_layers, one.upload(arrays), len(step.slot))
+            size = len(step.slot)
+            with batch.step(size) as one:
+                one.run(compress, one.upload(arrays), size)
             for layer in layers:
                 layer.check(step, summary)
             for slot in requests.accept(step):
@@ -126,19 +122,7 @@ def run(
             on_step()
         summary.replayed = batch.counters.replayed
     summary.requests = requests.served
-    summary.seconds = time.perf_counter() - began
     return summary
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limits torch to one CPU thread. The tensors are small, and more threads are much slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Requests:
@@ -201,189 +185,157 @@ class Pages:
 
 
 class Layer:
-    """One compressor: its paged state, and the history from which its rows are checked."""
+    """One compressor: its paged state, and the history from which its rows are checked.
+
+    Pages, state and history are of KV, then of score. A token's state has `parts` rows: with an
+    overlapping window one for the window after its own, then one for its own.
+    """
 
     def __init__(
         self, head_dim: int, compress_ratio: int, slots: int, device: torch.device, seed: int
     ):
-        self.head_dim, self.compress_ratio = head_dim, compress_ratio
-        self.overlap = compress_ratio == 4
-        self.state_dim = state_dim = head_dim * (2 if self.overlap else 1)
+        fields = {"head_dim": head_dim, "compress_ratio": compress_ratio, "next_n": NEXT_N}
+        self.problem = Problem.of(fields | {"kv_dtype": "bf16", "state_dtype": "fp32"})
+        self.ratio, self.device = compress_ratio, device
+        self.parts = 2 if self.problem.overlap else 1
         self.generator = torch.Generator(device).manual_seed(seed + compress_ratio)
-        self.device = device
+        self.row = self.parts, head_dim
+        state_dim = self.parts * head_dim
         self.ape = self._random(compress_ratio, state_dim)
         # Enough for the windows that a step may read and the tokens that it may store.
-        rows = (2 if self.overlap else 1) * compress_ratio + NEXT_N
-        pages = slots * (-(-rows // PAGE_SIZE) + 1)
+        pages = slots * (-(-(self.parts * compress_ratio + NEXT_N) // PAGE_SIZE) + 1)
         rng = np.random.default_rng(seed + compress_ratio)
-        self.pages_kv, self.pages_score = (Pages(slots, pages, rng) for _ in range(2))
-        self.paged_kv, self.paged_score = (
-            self._random(pages, PAGE_SIZE, state_dim) for _ in range(2)
-        )
-        self.history_kv, self.history_score = (
-            torch.zeros(slots, MAX_LENGTH + NEXT_N, state_dim, device=device) for _ in range(2)
-        )
-        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by batch size
+        self.pages = [Pages(slots, pages, rng) for _ in range(2)]
+        self.state = self._random(2, pages, PAGE_SIZE, state_dim)
+        self.history = torch.zeros(2, slots, MAX_LENGTH + NEXT_N, *self.row, device=device)
         self.closed = np.zeros(slots, np.int64)  # windows that closed, on rejected tokens too
+        # Of the largest batch. A CUDA graph holds their addresses, so they stay.
+        self.kv_score = torch.zeros(
+            slots * NEXT_N, 2 * state_dim, dtype=torch.bfloat16, device=device
+        )
+        self.output = torch.zeros(slots * self._windows(NEXT_N), head_dim, device=device)
 
     def admit(self, slot: int, length: int) -> None:
         """Starts a request after its prompt: fills the state that decoding will read."""
-        self.history_kv[slot, :length] = self._random(length, self.state_dim)
-        self.history_score[slot, :length] = self._random(length, self.state_dim)
+        self.history[:, slot, :length] = self._random(2, length, *self.row)
         self._reserve(slot, length, length)
-        first = self._first_needed(length)
-        position = np.arange(first, length)
-        if length > first:
-            for pages, pool, history in (
-                (self.pages_kv, self.paged_kv, self.history_kv),
-                (self.pages_score, self.paged_score, self.history_score),
-            ):
-                physical = self._index(pages.table[slot, position // PAGE_SIZE])
-                pool[physical, self._index(position % PAGE_SIZE)] = history[slot, first:length]
-        self.closed[slot] = length // self.compress_ratio
+        position = np.arange(self._first_needed(length), length)
+        offset = self._index(position % PAGE_SIZE)
+        for pages, state, history in zip(self.pages, self.state, self.history, strict=True):
+            physical = self._index(pages.table[slot, position // PAGE_SIZE])
+            state[physical, offset] = history[slot, self._index(position)].flatten(1)
+        self.closed[slot] = length // self.ratio
 
     def release(self, slot: int) -> None:
         """Frees a request's pages."""
-        self.pages_kv.reserve(slot, 0, -1)
-        self.pages_score.reserve(slot, 0, -1)
+        for pages in self.pages:
+            pages.reserve(slot, 0, -1)
 
     def prepare(self, step: Step) -> dict[str, np.ndarray]:
         """Draws a step's new tokens. Returns the metadata that the op needs on the device."""
         for slot, start, end in zip(step.slot, step.start, step.end, strict=True):
             if slot >= 0:
                 self._reserve(slot, start, end)
-        kv_score, output = self._buffers(len(step.slot))
-        new = self._random(int(step.new.sum()), 2 * self.state_dim).bfloat16()
-        kv_score[: len(new)] = new
-        output.fill_(torch.nan)
-        self._extend_history(step, new)
+        tokens = self._random(int(step.new.sum()), 2, *self.row).bfloat16()
+        self.kv_score[: len(tokens)] = tokens.flatten(1)
+        self.output.fill_(torch.nan)
+        request, position = _expand(step.start, step.new)
+        at = self._index(step.slot[request]), self._index(position)  # over rejected tokens
+        self.history[:, *at] = tokens.float().transpose(0, 1)
+        self.history[1, *at] += self.ape.unflatten(1, self.row)[self._index(position % self.ratio)]
         arrays = {
-            "block_table_kv": self.pages_kv.table[step.slot],
-            "block_table_score": self.pages_score.table[step.slot],
+            "block_table_kv": self.pages[0].table[step.slot],
+            "block_table_score": self.pages[1].table[step.slot],
             "kv_lens": step.end,
-            "cu_seq_lens": np.concatenate(([0], step.new.cumsum())),
-            "cu_outputs": self._first_output(step),
+            "cu_seq_lens": np.append(0, step.new.cumsum()),
+            "cu_outputs": self._cu_outputs(step),
         }
-        return {self._name(name): array.astype(np.int32) for name, array in arrays.items()}
+        return {f"{name}_{self.ratio}": array.astype(np.int32) for name, array in arrays.items()}
 
     def compress(self, inputs: dict[str, Tensor], ape: Tensor, size: int) -> None:
         """Calls the op on the batch of `size` requests that `prepare` prepared."""
-        kv_score, output = self._buffers(size)
         kvfold.paged_kv_compress(
-            kv_score,
+            self.kv_score[: size * NEXT_N],
             ape,
-            self.paged_kv,
-            self.paged_score,
-            inputs[self._name("block_table_kv")],
-            inputs[self._name("block_table_score")],
-            output,
-            inputs[self._name("kv_lens")],
-            inputs[self._name("cu_seq_lens")],
-            inputs[self._name("cu_outputs")],
-            self.compress_ratio,
+            self.state[0],
+            self.state[1],
+            inputs[f"block_table_kv_{self.ratio}"],
+            inputs[f"block_table_score_{self.ratio}"],
+            self._output(size),
+            inputs[f"kv_lens_{self.ratio}"],
+            inputs[f"cu_seq_lens_{self.ratio}"],
+            inputs[f"cu_outputs_{self.ratio}"],
+            self.ratio,
             NEXT_N,
         )
 
-    def _name(self, name: str) -> str:
-        return f"{name}_{self.compress_ratio}"
-
-    def _buffers(self, size: int) -> tuple[Tensor, Tensor]:
-        """kv_score and output of a batch size. A CUDA graph holds their addresses, so they stay."""
-        if size not in self.buffers:
-            rows = size * -(-NEXT_N // self.compress_ratio)
-            self.buffers[size] = (
-                torch.zeros(
-                    size * NEXT_N, 2 * self.state_dim, dtype=torch.bfloat16, device=self.device
-                ),
-                torch.zeros(rows, self.head_dim, device=self.device),
-            )
-        return self.buffers[size]
-
-    def _first_output(self, step: Step) -> np.ndarray:
-        return np.concatenate(([0], (-(-step.new // self.compress_ratio)).cumsum()))
-
     def check(self, step: Step, summary: Summary) -> None:
         """Compares the output with the history. Rows that no window fills must still be NaN."""
-        first_output, (_, output) = self._first_output(step), self._buffers(len(step.slot))
-        summary.variants.add(self._variant(len(step.slot)))
-        first = step.start // self.compress_ratio
-        count = step.end // self.compress_ratio - first
-        request = np.repeat(np.arange(len(count)), count)
-        nth = np.arange(len(request)) - np.repeat(count.cumsum() - count, count)
-        slot, window = step.slot[request], first[request] + nth
-        row = first_output[request] + nth
+        cu_outputs, output = self._cu_outputs(step), self._output(len(step.slot))
+        first, count = step.start // self.ratio, step.end // self.ratio - step.start // self.ratio
+        request, window = _expand(first, count)
+        _, row = _expand(cu_outputs[:-1], count)
+        slot = step.slot[request]
         want = torch.full(output.shape, torch.nan, dtype=torch.float64, device=self.device)
         want[self._index(row)] = self._expected(slot, window)
+        wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
 
+        summary.variants.add(self._variant(len(step.slot)))
         summary.rows += len(row)
         summary.recomputed += int((window < self.closed[slot]).sum())
         np.maximum.at(self.closed, slot, window + 1)
-        wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
-        if not len(output):
-            return
         summary.largest_error = max(summary.largest_error, float(error.nan_to_num(0).max()))
         wrong_rows = wrong.any(1).nonzero().flatten().tolist()
         summary.wrong += len(wrong_rows)
         if wrong_rows and summary.first_wrong is None:
-            owner = int(np.searchsorted(first_output, wrong_rows[0], side="right")) - 1
+            owner = int(np.searchsorted(cu_outputs, wrong_rows[0], side="right")) - 1
             summary.first_wrong = (
-                f"step {summary.steps}, ratio {self.compress_ratio}, request {owner} of"
+                f"step {summary.steps}, ratio {self.ratio}, request {owner} of"
                 f" {len(step.slot)}, with {step.new[owner]} new tokens up to {step.end[owner]}"
             )
 
     def _expected(self, slot: np.ndarray, window: np.ndarray) -> Tensor:
         """The compressed rows of windows of the history: float64 [windows, head_dim]."""
-        position = window[:, None] * self.compress_ratio + np.arange(self.compress_ratio)
-        kv, score = self._rows(slot, position, slice(self.state_dim - self.head_dim, None))
-        if self.overlap:
-            before = position - self.compress_ratio
-            kv_before, score_before = self._rows(slot, before, slice(self.head_dim))
-            score_before[self._index(before) < 0] = -torch.inf
-            kv, score = torch.cat((kv_before, kv), 1), torch.cat((score_before, score), 1)
+        row = np.arange(self.parts * self.ratio)
+        position = window[:, None] * self.ratio + row - (self.parts - 1) * self.ratio
+        at = self._index(slot[:, None]), self._index(position), self._index(row // self.ratio)
+        kv, score = self.history[:, *at].double()
+        score[self._index(position) < 0] = -torch.inf
         return (kv * score.softmax(1)).sum(1)
 
-    def _rows(
-        self, slot: np.ndarray, position: np.ndarray, columns: slice
-    ) -> tuple[Tensor, Tensor]:
-        """KV and score of the history, float64 [windows, rows, columns]."""
-        index = self._index(slot[:, None]), self._index(position)
-        kv, score = (history[index] for history in (self.history_kv, self.history_score))
-        return kv[..., columns].double(), score[..., columns].double()
+    def _output(self, size: int) -> Tensor:
+        """The output rows of a batch."""
+        return self.output[: size * self._windows(NEXT_N)]
 
-    def _extend_history(self, step: Step, kv_score: Tensor) -> None:
-        """Writes the new tokens into the history, over rejected ones."""
-        slot = np.repeat(step.slot, step.new)
-        nth = np.arange(len(slot)) - np.repeat(step.new.cumsum() - step.new, step.new)
-        position = np.repeat(step.start, step.new) + nth
-        kv, score = kv_score.float().split(self.state_dim, dim=1)
-        index = self._index(slot), self._index(position)
-        self.history_kv[index] = kv
-        self.history_score[index] = score + self.ape[self._index(position % self.compress_ratio)]
+    def _windows(self, new: Any) -> Any:
+        """The most windows that so many new tokens can close."""
+        return -(-new // self.ratio)
+
+    def _cu_outputs(self, step: Step) -> np.ndarray:
+        return np.append(0, self._windows(step.new).cumsum())
 
     def _first_needed(self, length: int) -> int:
         """The first position whose state a window that is still open reads."""
-        return max(0, (length // self.compress_ratio - int(self.overlap)) * self.compress_ratio)
+        return max(0, (length // self.ratio - self.parts + 1) * self.ratio)
 
     def _reserve(self, slot: int, start: int, end: int) -> None:
-        first, last = self._first_needed(start) // PAGE_SIZE, (end - 1) // PAGE_SIZE
-        self.pages_kv.reserve(slot, first, last)
-        self.pages_score.reserve(slot, first, last)
+        for pages in self.pages:
+            pages.reserve(slot, self._first_needed(start) // PAGE_SIZE, (end - 1) // PAGE_SIZE)
 
     def _variant(self, batch: int) -> str:
         if dispatch.backend_for(self.device.type) == "reference":
             return "none: the torch reference"
-        problem = Problem(
-            head_dim=self.head_dim,
-            compress_ratio=self.compress_ratio,
-            overlap=self.overlap,
-            kv_dtype="bf16",
-            state_dtype="fp32",
-            next_n=NEXT_N,
-        )
-        return dispatch.select(problem, batch, self.device).symbol
+        return dispatch.select(self.problem, batch, self.device).symbol
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
+
+
+def _expand(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[5, 8], [2, 1] -> [0, 0, 1] and [5, 6, 8]: `count` numbers from `first` on, with an index."""
+    index = np.repeat(np.arange(len(count)), count)
+    nth = np.arange(len(index)) - np.repeat(count.cumsum() - count, count)
+    return index, first[index] + nth

@@ -1,9 +1,8 @@
-"""Results files as pictures."""
+"""The results of `kvfold bench` as a picture."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from kvfold.bench.records import KernelReport, KernelRow, StepReport
+from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import op_spec
 
 
@@ -24,13 +23,11 @@ def plot_kernels(report: KernelReport, file: Path) -> None:
     Each problem and set of options is a line of panels, one panel per scenario.
 
     Raises:
-        ValueError: the report has no rows, or the plot cannot be drawn into `file`.
+        ValueError: it cannot be drawn into `file`.
     """
     require(file)
     from matplotlib.figure import Figure
 
-    if not report.rows:
-        raise ValueError("the report has no rows to plot")
     groups: dict[str, list[KernelRow]] = {}
     for row in report.rows:
         groups.setdefault(f"{row.op}: {row.described}", []).append(row)
@@ -62,9 +59,8 @@ def _draw_problem(part, rows: list[KernelRow], columns: int) -> None:
 
 def _draw(panel, rows: list[KernelRow]) -> None:
     lines: dict[str, list[KernelRow]] = {}
-    label = _labels(rows)
     for row in rows:
-        lines.setdefault(label(row), []).append(row)
+        lines.setdefault(_label(row), []).append(row)
     for name, line in lines.items():
         line.sort(key=lambda row: row.size)
         sizes = [row.size for row in line]
@@ -86,52 +82,9 @@ def _draw(panel, rows: list[KernelRow]) -> None:
     panel.grid(True, which="both", alpha=0.3)
 
 
-def _labels(rows: list[KernelRow]) -> Callable[[KernelRow], str]:
-    """Names a row's line: what chose it, and the tunings it has over the batch axis."""
-
-    def chosen(row: KernelRow) -> str:
-        words = [row.chosen_by if row.chosen_by != "yardstick" else row.variant]
-        words += [row.backend] if row.backend != "cuda" else []
-        words += [f"prefetch {row.prefetch}"] if row.prefetch != "none" else []
-        return ", ".join(words)
-
-    tunings: dict[str, list[str]] = {}
-    for row in rows:
-        tunings.setdefault(chosen(row), []).append(row.tuning)
-    return lambda row: f"{chosen(row)} ({', '.join(dict.fromkeys(tunings[chosen(row)]))})"
-
-
-def plot_steps(report: StepReport, file: Path) -> None:
-    """Draws what a decode step costs in each mode: host time, step time, its kernels' time.
-
-    Raises:
-        ValueError: it cannot be drawn into `file`.
-    """
-    require(file)
-    from matplotlib.figure import Figure
-
-    batches = sorted({row.batch for row in report.rows})
-    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
-    panels = figure.subplots(1, len(batches), squeeze=False)[0]
-    for panel, batch in zip(panels, batches, strict=True):
-        rows = [row for row in report.rows if row.batch == batch]
-        for offset, field, label in (
-            (-0.27, "host_us", "host time"),
-            (0.0, "median_us", "step time"),
-            (0.27, "device_us", "kernels' time"),
-        ):
-            places = [number + offset for number in range(len(rows))]
-            values = [getattr(row, field) for row in rows]
-            bars = panel.bar(places, values, width=0.25, label=label)
-            panel.bar_label(bars, fmt="{:.0f}", fontsize=7)
-        names = [row.mode.replace("_", "\n") for row in rows]
-        panel.set_xticks(range(len(rows)), names, fontsize=8)
-        panel.set_yscale("log")
-        panel.set_title(f"batch {batch}")
-    panels[0].set_ylabel("microseconds per step")
-    panels[-1].legend(fontsize=8)
-    problem = ", ".join(f"{name} {value}" for name, value in report.rows[0].problem.items())
-    figure.suptitle(
-        f"One decode step on {report.device}, {report.date[:10]}\n{problem}", fontsize=10
-    )
-    figure.savefig(file, dpi=120)
+def _label(row: KernelRow) -> str:
+    """Names a row's line."""
+    words = [row.chosen_by if row.chosen_by != "yardstick" else row.variant]
+    words += [row.backend] if row.backend != "cuda" else []
+    words += [f"prefetch {row.prefetch}"] if row.prefetch != "none" else []
+    return ", ".join(words)

@@ -5,34 +5,20 @@ its file is that dataclass as JSON. README and docs quote the files committed in
 """
 
 import dataclasses
-import importlib
 import json
-import os
-import platform
-import subprocess
 import types
 import typing
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import torch
-
-import kvfold
 from kvfold.codegen import op_spec
 from kvfold.codegen.errors import shortened
-from kvfold.codegen.fields import POSITIVE, check_value
-from kvfold.codegen.gpu import check_arch
-from kvfold.runtime import compiler, dispatch
+from kvfold.codegen.fields import POSITIVE, Value, check_value
 from kvfold.runtime.files import replace_file
 from kvfold.workload import workload
 
-ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 4  # kept of a float, after the point
-
-R = TypeVar("R", bound="Report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +26,7 @@ class Report:
     """What every results file has.
 
     Attributes:
-        kind: which command wrote it.
+        KIND: which command writes it; in a file, `kind`.
         device: name of the GPU.
         driver: version of the GPU's driver.
         versions: package -> version.
@@ -49,9 +35,8 @@ class Report:
         table_fingerprint: of the table in force.
     """
 
-    KIND: ClassVar[str] = ""
+    KIND: ClassVar[str]
 
-    kind: str
     device: str
     driver: str | None
     versions: dict[str, str | None]
@@ -85,8 +70,8 @@ class KernelRow:
     op: str
     scenario: str
     size: int
-    problem: dict[str, int | bool | str]
-    options: dict[str, int | bool | str]
+    problem: dict[str, Value]
+    options: dict[str, Value]
     l2: str
     backend: str
     variant: str
@@ -108,20 +93,15 @@ class KernelRow:
         check_value("chosen_by", self.chosen_by, ("table", "override", "yardstick"))
 
     @property
-    def panel(self) -> tuple:
+    def panel(self) -> tuple[str, ...]:
         """What the rows of one table of times have in common."""
-        return (self.op, *self.problem.values(), *self.options.values(), self.scenario, self.l2)
+        return self.op, self.described, self.scenario
 
     @property
     def described(self) -> str:
         """The problem, the options and the L2 in words."""
         fields = (self.problem | self.options).items()
         return f"{', '.join(f'{name} {str(v).lower()}' for name, v in fields)}; {self.l2} L2"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is the dispatched variant without prefetch, which others are compared with."""
-        return (self.chosen_by, self.prefetch) == ("table", "none")
 
     @property
     def tuning(self) -> str:
@@ -134,15 +114,12 @@ class KernelRow:
 class KernelReport(Report):
     """What `kvfold bench` writes. Bandwidths are GB/s of 1e9 bytes."""
 
-    KIND: ClassVar[str] = "kernels"
+    KIND = "kernels"
 
     read_bandwidth_gbs: float
     copy_bandwidth_gbs: float
     empty_node_us: float
     rows: list[KernelRow]
-
-    def __post_init__(self):
-        _require_some("rows", self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,92 +158,20 @@ class StepRow:
 class StepReport(Report):
     """What `kvfold step` writes."""
 
-    KIND: ClassVar[str] = "step"
+    KIND = "step"
 
     rows: list[StepRow]
-
-    def __post_init__(self):
-        _require_some("rows", self.rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedTime:
-    """The median time of a variant at one point, in microseconds."""
-
-    prefetch: str
-    scenario: str
-    size: int
-    median_us: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedVariant:
-    """All times of one variant."""
-
-    tuning: dict[str, int | bool | str]
-    times: list[TunedTime]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedFamily:
-    """Problems that share measurements, and their variants' times.
-
-    Attributes:
-        problem: the one that was timed.
-        shared: values of the shared field that the rows name; empty without a shared field.
-        variants: what was timed.
-    """
-
-    problem: dict[str, int | bool | str]
-    shared: list[int]
-    variants: list[TunedVariant]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneReport(Report):
-    """What `kvfold tune --json` writes.
-
-    Attributes:
-        op, arch, backend: what was tuned.
-        command: what to type for it, without its mixture.
-        mixture: scenario -> weight; the scenarios that were timed.
-        prefetch: names of the workload's prefetch that were timed.
-        sizes: ascending.
-        families: the problems, with all times.
-    """
-
-    KIND: ClassVar[str] = "tuning"
-
-    op: str
-    arch: str
-    backend: str
-    command: str
-    mixture: dict[str, float]
-    prefetch: list[str]
-    sizes: list[int]
-    families: list[TunedFamily]
-
-    def __post_init__(self):
-        check_arch(self.arch)
-        for name in ("mixture", "prefetch", "sizes", "families"):
-            _require_some(name, getattr(self, name))
-        for size in self.sizes:
-            check_value("size", size, POSITIVE)
-        if self.sizes != sorted(set(self.sizes)):
-            raise ValueError(f"sizes is {shortened(self.sizes)}; accepted: ascending")
-
-
-def _require_some(name: str, found: Collection) -> None:
-    if not found:
-        raise ValueError(f"{name} is empty; accepted: one or more")
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
+R = TypeVar("R", bound=Report)
+
 
 def save(report: Report, file: Path) -> None:
     """Writes a report in one step."""
-    content = json.loads(json.dumps(asdict(report)), parse_float=lambda x: round(float(x), DIGITS))
+    text = json.dumps({"kind": report.KIND, **asdict(report)})
+    content = json.loads(text, parse_float=lambda x: round(float(x), DIGITS))
     replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -279,7 +184,7 @@ def load(report_type: type[R], file: Path) -> R:
     """
     try:
         content = json.loads(file.read_bytes())
-        kind = content.get("kind") if isinstance(content, dict) else None
+        kind = content.pop("kind", None) if isinstance(content, dict) else None
         _require(kind == report_type.KIND, kind, ".kind", report_type.KIND)
         return _decode(content, report_type, "")
     except (ValueError, RecursionError) as error:
@@ -292,7 +197,7 @@ def _decode(value: Any, wanted: Any, place: str) -> Any:
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         return _decode_record(value, wanted, place)
     if origin is list:
-        _require(isinstance(value, list), value, place, "a list")
+        _require(isinstance(value, list) and value, value, place, "a list of one value or more")
         return [_decode(item, parameters[0], f"{place}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         _require(isinstance(value, dict), value, place, "an object")
@@ -303,7 +208,7 @@ def _decode(value: Any, wanted: Any, place: str) -> Any:
     accepted: tuple[Any, ...] = parameters if origin is types.UnionType else (wanted,)
     words = " or ".join("null" if t is types.NoneType else str(t.__name__) for t in accepted)
     if float in accepted and type(value) in (int, float):
-        # Every float is a time, a bandwidth or a ratio.
+        # Every float is a time, a bandwidth, a weight or a ratio.
         _require(0 < value < 1e30, value, place, "a positive number")
         return float(value)
     _require(type(value) in accepted, value, place, words)
@@ -327,68 +232,7 @@ def _decode_record(value: Any, wanted: type, place: str) -> Any:
         raise ValueError(f"{place.lstrip('.')}: {error}" if place else str(error)) from None
 
 
-def _require(condition: bool, value: Any, place: str, accepted: str) -> None:
+def _require(condition: object, value: Any, place: str, accepted: str) -> None:
     if not condition:
         where = place.lstrip(".") or "it"
         raise ValueError(f"{where} is {shortened(value)}; accepted: {accepted}")
-
-
-# ---- the environment -----------------------------------------------------------------------------
-
-
-def environment(report_type: type[Report], device: torch.device) -> dict[str, Any]:
-    """The fields of Report for this device, this machine and this code, now."""
-    return {
-        "kind": report_type.KIND,
-        "device": torch.cuda.get_device_name(device),
-        "driver": _driver(),
-        "versions": _versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "table_fingerprint": dispatch.table().fingerprint,
-    }
-
-
-def commit() -> str | None:
-    """KVFOLD_COMMIT, else the checkout's commit, '-dirty' if it is changed; None if no checkout."""
-    if given := os.environ.get("KVFOLD_COMMIT"):
-        return given
-    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
-    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if not head or not top or Path(top).resolve() != ROOT:
-        return None  # no checkout, or another project's that kvfold is installed inside of
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
-    return f"{head}-dirty" if changed else head
-
-
-def _versions() -> dict[str, str | None]:
-    return {
-        "kvfold": kvfold.__version__,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cupy": _version("cupy"),
-        "nvrtc": compiler.nvrtc_version() if compiler.unavailable() is None else None,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-    }
-
-
-def _version(module: str) -> str | None:
-    try:
-        return importlib.import_module(module).__version__
-    except ImportError:
-        return None
-
-
-def _driver() -> str | None:
-    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return drivers.splitlines()[0] if drivers else None
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -2,17 +2,15 @@
 
 from typing import Annotated
 
+import torch
 import typer
-from rich.table import Table as RichTable
 
 from kvfold.bench import demo as simulation
-from kvfold.bench.cli import common
-from kvfold.bench.cli.common import app, clear_errors, count, option
-from kvfold.bench.demo import Summary
+from kvfold.bench.cli import common, output
+from kvfold.bench.cli.common import app, option
 
 
 @app.command()
-@clear_errors
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps to simulate.")] = 300,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all random numbers.")] = 0,
@@ -27,26 +25,21 @@ def demo(
     if device == "cuda" and gpu is None:
         raise ValueError("--device is 'cuda', but torch finds no CUDA GPU; accepted: cpu")
     device = device or ("cpu" if gpu is None else "cuda")
-    with common.progress() as bar:
+    torch.set_num_threads(1)  # the tensors are small, so more threads are much slower
+    with output.progress() as bar:
         task = bar.add_task("decoding", total=steps)
-        summary = simulation.run(steps, device, seed, on_step=lambda: bar.advance(task))
-    common.console().print(_summary(summary))
-    if summary.wrong:
-        common.fail(f"{count(summary.wrong, 'wrong row')}, the first at {summary.first_wrong}", 1)
-
-
-def _summary(done: Summary) -> RichTable:
-    """The demo's result."""
+        done = simulation.run(steps, device, seed, on_step=lambda: bar.advance(task))
     right = "all right" if not done.wrong else f"{done.wrong} wrong"
-    rows: list[tuple[str, object]] = [
-        ("device", done.device),
-        ("backend", done.backend),
-        ("variants", "\n".join(sorted(done.variants))),
-        ("steps", f"{done.steps}: {done.requests} requests, {done.tokens} drafted tokens"),
-        ("rows emitted", f"{done.rows}, {done.recomputed} recomputed after a rollback: {right}"),
-        ("largest error", f"{done.largest_error:.2e} against float64"),
-        ("time", f"{done.seconds:.1f} s"),
-    ]
+    rows = {
+        "device": done.device,
+        "backend": done.backend,
+        "variants": "\n".join(sorted(done.variants)),
+        "steps": f"{done.steps}: {done.requests} requests, {done.tokens} drafted tokens",
+        "rows emitted": f"{done.rows}, {done.recomputed} recomputed after a rollback: {right}",
+        "largest error": f"{done.largest_error:.2e} against float64",
+    }
     if done.replayed:
-        rows.insert(4, ("CUDA graphs", f"{done.replayed} of the steps were one graph launch"))
-    return common.facts(rows)
+        rows["CUDA graphs"] = f"{done.replayed} of the steps were one graph launch"
+    output.console().print(output.facts(rows))
+    if done.wrong:
+        common.fail(f"{output.count(done.wrong, 'wrong row')}, the first at {done.first_wrong}", 1)

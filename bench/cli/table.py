@@ -1,18 +1,19 @@
 """kvfold table: what the table in force holds."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table as RichTable
+from rich.table import Table as View
 from rich.text import Text
 
-from kvfold.bench.cli import common
-from kvfold.bench.cli.common import app, bold, clear_errors, count, option
-from kvfold.codegen import Bucket, Table, Variant, load_table, op_spec
+from kvfold.bench.cli import common, output
+from kvfold.bench.cli.common import app, option
+from kvfold.bench.cli.output import bold, count
+from kvfold.bench.cli.words import one_value, parse_words
+from kvfold.codegen import Bucket, Table, load_table, op_spec
 from kvfold.codegen.documentation import field_rows
 from kvfold.workload import workload
 
@@ -28,45 +29,37 @@ app.add_typer(
 
 
 @table_app.command("list")
-@clear_errors
 def table_list(
     every: Annotated[
         bool, typer.Option("--all", help="One line per variant, not per row.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="All variants, as JSON.")] = False,
 ) -> None:
     """Show the table in force: its rows and how many variants each stands for."""
     table = load_table()
-    if as_json:
-        print(json.dumps(_as_json(table), indent=1))
-        return
-    out = common.console()
+    out = output.console()
     out.print(f"{table.path}: {counts(table)}", soft_wrap=True)
     for view in _variants(table) if every else _rows(table):
         out.print(view)
 
 
 @table_app.command("check")
-@clear_errors
 def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")]) -> None:
     """Say whether a table is valid: OK, or what is wrong where, and exit code 2."""
     print(f"{file}: OK: {counts(load_table(file))}")
 
 
 @table_app.command("fields")
-@clear_errors
 def table_fields(op: common.Op) -> None:
     """Explain the fields of a row of the table."""
-    view = RichTable.grid(padding=(0, 2))
+    view = View.grid(padding=(0, 2))
     view.add_column(no_wrap=True)
     for name, kind, legal, default, meaning in field_rows(op_spec(op)):
         about = f"{kind}; legal: {legal}" + (f"; default: {default}" if default else "")
         view.add_row(bold(name), Text.assemble(meaning, "\n", (about, "dim")))
-    common.console().print(view)
+    output.console().print(view)
 
 
 @table_app.command("explain")
-@clear_errors
 def table_explain(
     op: common.Op,
     words: Annotated[list[str] | None, common.words_argument(WORDS_HELP)] = None,
@@ -78,13 +71,24 @@ def table_explain(
 ) -> None:
     """Say which variant a problem gets, and why."""
     table, spec = load_table(), op_spec(op)
-    (problem,) = common.parse_words(words or [], spec.problem, what=f"problem field of {op}")
+    (problem,) = parse_words(words, spec.problem, what=f"problem field of {op}")
     if size is None:
         raise ValueError(f"--{spec.axis} is missing; accepted: the number of {spec.axis_help}")
-    fields = {**workload(op).defaults, **common.one_value(problem), spec.axis: size}
+    fields = {**workload(op).defaults, **one_value(problem), spec.axis: size}
     variant = table.select(op, backend=backend, arch=arch, **fields)
-    for view in _explanation(table, variant, size, arch):
-        common.console().print(view)
+    buckets = table.buckets_for(variant.problem, backend, arch)
+    chosen = next(bucket for bucket in buckets if bucket.serves(size))
+    launch = variant.launch
+    why = {
+        "problem": f"{variant.problem}; {spec.axis} {size}",
+        "variant": bold(variant.symbol),
+        "because": f"{chosen.where} of {table.path} serves {spec.axis} {chosen.range} of this"
+        f" problem with {backend}, arch {chosen.arch}",
+        "launch": spec.explain(variant.problem, backend, variant.tuning, size),
+        "per CTA": f"{launch.threads} threads, {launch.shared_bytes} bytes of shared memory",
+    }
+    output.console().print(output.facts(why))
+    output.console().print(_ranges(buckets, chosen))
 
 
 def counts(table: Table) -> str:
@@ -96,16 +100,16 @@ def counts(table: Table) -> str:
     return f"{count(rows, 'row')}, {variants} ({each}), fingerprint {table.fingerprint}"
 
 
-def _rows(table: Table) -> Iterator[Text | RichTable]:
+def _rows(table: Table) -> Iterator[Text | View]:
     """A heading for the rows of the same problems, then one line per row."""
     rows = [list(found) for _, found in groupby(table.buckets, key=lambda bucket: bucket.where)]
     for title, found in groupby(rows, key=_title):
         alike = list(found)
-        view = common.grid(["line", alike[0][0].variant.spec.axis, "tuning"], ["variants"])
+        view = output.grid(["line", alike[0][0].variant.spec.axis, "tuning"], ["variants"])
         for row in alike:
             tuning = _merged([bucket.variant.tuning.given() for bucket in row])
             view.add_row(str(row[0].line), row[0].range, tuning, str(len(row)))
-        yield common.heading(title)
+        yield output.heading(title)
         yield view
 
 
@@ -117,63 +121,21 @@ def _title(row: list[Bucket]) -> str:
     return f"{row[0].variant.op}, {backends}, arch {arch}: {problems}"
 
 
-def _variants(table: Table) -> Iterator[Text | RichTable]:
+def _variants(table: Table) -> Iterator[Text | View]:
     """One grid per op, one line per variant and range."""
     for op, buckets in groupby(table.buckets, key=lambda bucket: bucket.variant.op):
-        yield common.heading(op)
-        view = common.grid(["variant", op_spec(op).axis, "arch"], ["line"], padding=0)
-        for bucket in buckets:
-            view.add_row(bucket.variant.symbol, bucket.range, bucket.arch, str(bucket.line))
-        yield view
+        yield output.heading(op)
+        yield _ranges(list(buckets))
 
 
-def _as_json(table: Table) -> list[dict]:
-    """Every variant with where it applies, as plain data."""
-    return [
-        {
-            "symbol": bucket.variant.symbol,
-            "op": bucket.variant.op,
-            "backend": bucket.variant.backend,
-            **bucket.variant.problem.values(),
-            **bucket.variant.tuning.values(),
-            bucket.variant.spec.bounds[0]: bucket.min_size,
-            bucket.variant.spec.bounds[1]: bucket.max_size,
-            "arch": bucket.arch,
-            "row": bucket.where,
-            "line": bucket.line,
-            "threads": bucket.variant.launch.threads,
-            "shared_bytes": bucket.variant.launch.shared_bytes,
-        }
-        for bucket in table.buckets
-    ]
-
-
-def _explanation(
-    table: Table, variant: Variant, size: int, arch: str
-) -> tuple[RichTable, RichTable]:
-    """Why a problem of this size gets this variant, and what other sizes get."""
-    spec = variant.spec
-    buckets = table.buckets_for(variant.problem, variant.backend, arch)
-    chosen = next(bucket for bucket in buckets if bucket.serves(size))
-    reason = (
-        f"{chosen.where} of {table.path} serves {spec.axis} {chosen.range} of this problem with"
-        f" {variant.backend}, arch {chosen.arch}"
-    )
-    launch = variant.launch
-    why = common.facts(
-        [
-            ("problem", f"{variant.problem}; {spec.axis} {size}"),
-            ("variant", bold(variant.symbol)),
-            ("because", reason),
-            ("launch", spec.explain(variant.problem, variant.backend, variant.tuning, size)),
-            ("per CTA", f"{launch.threads} threads, {launch.shared_bytes} bytes of shared memory"),
-        ]
-    )
-    ranges = common.grid(["", spec.axis, "variant"], ["line"], padding=0)
-    for bucket in buckets:
-        mark = "->" if bucket == chosen else ""
-        ranges.add_row(mark, bucket.range, bucket.variant.symbol, str(bucket.line))
-    return why, ranges
+def _ranges(buckets: Sequence[Bucket], chosen: Bucket | None = None) -> View:
+    """One line per bucket."""
+    axis = buckets[0].variant.spec.axis
+    view = output.grid(["", axis, "variant", "arch"], ["line"], padding=0)
+    for one in buckets:
+        mark = "->" if one == chosen else ""
+        view.add_row(mark, one.range, one.variant.symbol, one.arch, str(one.line))
+    return view
 
 
 def _merged(values: list[dict]) -> str:

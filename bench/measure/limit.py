@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kvfold.bench.measure import limit_triton, timing
+from kvfold.bench.measure import timing
 from kvfold.runtime import compiler, dispatch
 
 # Enough to fill every SM of today's GPUs with 16-byte loads.
@@ -30,7 +30,7 @@ class Limit:
         return moved_bytes / (1000 * self.read_bandwidth_gbs) + self.empty_node_us
 
 
-class CudaKernels:
+class Kernels:
     """The kernels of limit.cu, loaded on torch's current device."""
 
     def __init__(self, device: torch.device):
@@ -65,11 +65,14 @@ class CudaKernels:
 
 
 def measure(device: torch.device) -> Limit:
-    """Measures the device, which must be torch's current one. Takes 2 GiB for the time."""
-    if compiler.unavailable() is None:
-        kernels = CudaKernels(device)
-    else:
-        kernels = limit_triton.TritonKernels(device, CTAS, THREADS)
+    """Measures the device, which must be torch's current one. Takes 2 GiB for the time.
+
+    Raises:
+        ValueError: there is no NVRTC to compile the kernels.
+    """
+    if (why := compiler.unavailable()) is not None:
+        raise ValueError(f"the limit needs NVRTC ({why}); pip install 'kvfold[cuda]'")
+    kernels = Kernels(device)
     # Random, because memory full of zeros can be faster.
     buffers = [
         torch.empty(BUFFER_BYTES // 4, dtype=torch.int32, device=device).random_()

@@ -2,43 +2,23 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from kvfold.bench.environment import environment
 from kvfold.bench.measure import limit, timing
-from kvfold.bench.measure.verify import WrongResult, verify
-from kvfold.bench.records import KernelReport, KernelRow, environment
-from kvfold.codegen import FieldSet, Problem, TableError, Variant
+from kvfold.bench.measure.limit import Limit
+from kvfold.bench.measure.point import SIZES, Call, Checked, Point, combinations, with_scalars
+from kvfold.bench.records import KernelReport, KernelRow
+from kvfold.codegen import TableError, Variant
 from kvfold.codegen.fields import check_names, check_value
 from kvfold.runtime import dispatch, repeat
 from kvfold.runtime.torch_op import torch_op
-from kvfold.workload import Case, Measurement, Workload
-
-SIZES = range(1, 2**20 + 1)  # of a case; a larger one fits in no GPU's memory
-
-
-@dataclass(frozen=True)
-class Point:
-    """One place to measure."""
-
-    problem: Problem
-    options: FieldSet
-    scenario: str
-    size: int
-
-    def __str__(self) -> str:
-        axis = f"size {self.size}"
-        return ", ".join(filter(None, (self.scenario, axis, str(self.problem), str(self.options))))
-
-    def make(self, workload: Workload, device: torch.device, seed: int = 0) -> Case:
-        """The point's case."""
-        return workload.make(
-            self.problem, self.size, self.scenario, self.options, device=device, seed=seed
-        )
+from kvfold.workload import Measurement, Workload
 
 
 @dataclass(frozen=True)
@@ -46,16 +26,14 @@ class Plan:
     """What to measure.
 
     Attributes:
-        workload: of the op.
         points: in the order in which they are measured.
         override: 'backend' and tuning fields of a variant to time in place of the dispatched one.
         baseline: time the dispatched variant too, the yardsticks, and host times.
         prefetch: how to call, names of the workload's prefetch.
     """
 
-    workload: Workload
     points: tuple[Point, ...]
-    override: dict[str, Any]
+    override: Mapping[str, Any]
     baseline: bool
     prefetch: tuple[str, ...]
 
@@ -84,48 +62,18 @@ def plan(
         for options in combinations(measurement.options)
         for scenario, size in itertools.product(scenarios, sizes)
     )
-    return Plan(workload, points, dict(measurement.override), measurement.baseline, prefetch)
+    return Plan(points, measurement.override, measurement.baseline, prefetch)
 
 
-def combinations(fields: Any) -> Iterator[dict[str, Any]]:
-    """Every combination of the fields' values, of which some are lists."""
-    lists = [value if isinstance(value, (list, tuple)) else [value] for value in fields.values()]
-    for values in itertools.product(*lists):
-        yield dict(zip(fields, values, strict=True))
-
-
-# ---- checking ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A point found right: the rows that the call writes, and the largest error in them."""
-
-    point: Point
-    rows: int
-    largest_error: float
-
-
-def check(plan: Plan, device: torch.device) -> Iterator[Checked]:
+def check(points: Iterable[Point], device: torch.device) -> Iterator[Checked]:
     """Runs the op at every point and compares, with no timing.
 
     Raises:
         WrongResult: naming the point.
     """
-    op = torch_op(plan.workload.spec.name)
-    for point in plan.points:
-        case = point.make(plan.workload, device)
-        error = _verified(lambda a: op(*a.args()), plan.workload, point, "the op", case)
-        yield Checked(point, case.rows, error)
-
-
-def _verified(
-    call: Callable[[Any], None], workload: Workload, point: Point, name: str, case: Case
-) -> float:
-    try:
-        return verify(call, workload, case)
-    except WrongResult as error:
-        raise WrongResult(f"{name} is wrong at {point}: {error}") from None
+    for point in points:
+        op = torch_op(point.problem.op)
+        yield point.verify(lambda a, op=op: op(*a.args()), "the op", device)
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -133,13 +81,13 @@ def _verified(
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to time: `call` takes the op's arguments."""
+    """Something to time: `call` takes the op's arguments. KernelRow explains the other fields."""
 
     variant: str
     backend: str
     chosen_by: str
     prefetch: str
-    call: Callable[[Any], None]
+    call: Call
 
 
 def measure(
@@ -168,34 +116,23 @@ def measure(
     if not rows:
         wanted = ", ".join(plans[0].prefetch)
         raise ValueError(f"no kernel of the plan has prefetch {wanted}; accepted: none")
-    return KernelReport(
-        **environment(KernelReport, device),
-        read_bandwidth_gbs=best.read_bandwidth_gbs,
-        copy_bandwidth_gbs=best.copy_bandwidth_gbs,
-        empty_node_us=best.empty_node_us,
-        rows=rows,
-    )
+    return KernelReport(**environment(device), **asdict(best), rows=rows)
 
 
 def _measure_point(
-    plan: Plan, point: Point, device: torch.device, best: limit.Limit
+    plan: Plan, point: Point, device: torch.device, best: Limit
 ) -> Iterator[KernelRow]:
-    workload = plan.workload
     subjects = list(_subjects(plan, point, device))
     for subject in subjects:
-        case = point.make(workload, device)
-        _verified(subject.call, workload, point, subject.variant, case)
-    cases = timing.cold_cases(
-        lambda seed: point.make(workload, device, seed), workload.metadata, device
-    )
+        point.verify(subject.call, subject.variant, device)
+    cases = point.cold_cases(device)
     moved = cases[0].moved_bytes
     cold = len(cases) * moved > timing.l2_bytes(device)
     for subject in subjects:
-        calls = timing.calls_of(subject.call, cases)
-        time = timing.replay(calls)
+        time = timing.replay([partial(subject.call, case.arguments) for case in cases])
         measure_host = plan.baseline and subject.chosen_by == "table" and subject.prefetch == "none"
         yield KernelRow(
-            op=workload.spec.name,
+            op=point.problem.op,
             scenario=point.scenario,
             size=point.size,
             problem=point.problem.values(),
@@ -205,9 +142,7 @@ def _measure_point(
             variant=subject.variant,
             chosen_by=subject.chosen_by,
             prefetch=subject.prefetch,
-            median_us=time.median_us,
-            min_us=time.min_us,
-            max_us=time.max_us,
+            **asdict(time),
             moved_bytes=moved,
             limit_us=best.us(moved),
             efficiency=best.us(moved) / time.median_us,
@@ -217,37 +152,26 @@ def _measure_point(
 
 def _subjects(plan: Plan, point: Point, device: torch.device) -> Iterator[Subject]:
     """What is to be timed at a point."""
-    workload, op = plan.workload, torch_op(plan.workload.spec.name)
+    op = torch_op(point.problem.op)
     variant = dispatch.select(point.problem, point.size, device)
+    calls: list[tuple[str, Variant, Call]] = []
     if plan.baseline or not plan.override:
-        for name, call in _calls(plan, variant, lambda a: op(*a.args())):
-            yield Subject(variant.symbol, variant.backend, "table", name, call)
+        calls.append(("table", variant, lambda a: op(*a.args())))
     if plan.override:
         other = overridden(variant, plan.override, point, device)
-        launcher = dispatch.bind(other, device)
-        for name, call in _calls(plan, other, launcher):
-            yield Subject(other.symbol, other.backend, "override", name, call)
+        calls.append(("override", other, dispatch.bind(other, device)))
+    for chosen_by, one, call in calls:
+        for name in plan.prefetch:
+            if one.backend == "cuda" or name == "none":  # Triton knows no prefetch
+                prefetching = with_scalars(call, point.workload.prefetch[name])
+                yield Subject(one.symbol, one.backend, chosen_by, name, prefetching)
     if plan.baseline and variant.backend == "cuda":
-        for name, bind in workload.yardsticks.items():
+        for name, bind in point.workload.yardsticks.items():
             yield Subject(name, "cuda", "yardstick", "none", bind(variant, device))
 
 
-def _calls(
-    plan: Plan, variant: Variant, call: Callable[[Any], None]
-) -> Iterator[tuple[str, Callable[[Any], None]]]:
-    """The call with each prefetch of the plan that the backend knows."""
-    for name in plan.prefetch:
-        if variant.backend == "cuda" or name == "none":
-            yield name, with_scalars(call, plan.workload.prefetch[name])
-
-
-def with_scalars(call: Callable[[Any], None], scalars: Any) -> Callable[[Any], None]:
-    """The call with other scalar arguments."""
-    return lambda arguments: call(replace(arguments, **scalars))
-
-
 def overridden(
-    variant: Variant, override: dict[str, Any], point: Point, device: torch.device
+    variant: Variant, override: Mapping[str, Any], point: Point, device: torch.device
 ) -> Variant:
     """The variant with another backend or tuning.
 

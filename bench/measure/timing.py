@@ -5,8 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Self
 
 import torch
 
@@ -21,11 +20,16 @@ L2_SIZES = 4  # a replay that touches this many times the L2 finds nothing of it
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call: median, least and most over the replays."""
+    """Microseconds per call or step: median, least and most over several runs."""
 
     median_us: float
     min_us: float
     max_us: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Self:
+        """What these times come to."""
+        return cls(statistics.median(times), min(times), max(times))
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -37,7 +41,7 @@ def cold_cases(
     make: Callable[[int], Case],
     metadata: Sequence[str],
     device: torch.device,
-    most: int = MAX_CALLS,
+    most: int,
 ) -> list[Case]:
     """As many cases as make the L2 cold, or as memory and `most` allow.
 
@@ -49,15 +53,10 @@ def cold_cases(
     torch.cuda.empty_cache()  # so that the memory torch holds unused counts as free
     free, _ = torch.cuda.mem_get_info(device)
     wanted = max(MIN_CALLS, -(-L2_SIZES * l2_bytes(device) // first.moved_bytes))
-    count = max(1, min(wanted, MAX_CALLS, most, int(0.8 * free) // first.allocated_bytes))
+    count = max(1, min(wanted, most, int(0.8 * free) // first.allocated_bytes))
     shared = {name: getattr(first.arguments, name) for name in metadata}
     others = (make(seed) for seed in range(1, count))
     return [first, *(replace(o, arguments=replace(o.arguments, **shared)) for o in others)]
-
-
-def calls_of(launch: Callable[[Any], None], cases: Sequence[Case]) -> list[Callable[[], None]]:
-    """One call per case."""
-    return [partial(launch, case.arguments) for case in cases]
 
 
 def replay(
@@ -87,7 +86,7 @@ def replay(
         1000 * before.elapsed_time(after) / len(calls)
         for before, after in itertools.pairwise(marks)
     ]
-    return Timing(statistics.median(times), min(times), max(times))
+    return Timing.of(times)
 
 
 def host(call: Callable[[], None], calls: int = 400, queue: int = 8) -> float:

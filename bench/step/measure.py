@@ -2,14 +2,18 @@
 
 import contextlib
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch._C._autograd import DeviceType
 
-from kvfold.bench.records import StepReport, StepRow, environment
+from kvfold.bench.environment import environment
+from kvfold.bench.measure import timing
+from kvfold.bench.measure.timing import Timing
+from kvfold.bench.records import StepReport, StepRow
 from kvfold.bench.step.model import Layer, Shape, make_layers, steady_steps
 from kvfold.bench.step.modes import (
     MODES,
@@ -55,7 +59,7 @@ def measure(
         # Last: once a process has been profiled, its launches take longer.
         started("profiles")
         rows = [StepRow(**times, **_profile(*profiled)) for times, *profiled in timed]
-    return StepReport(**environment(StepReport, device), rows=rows)
+    return StepReport(**environment(device), rows=rows)
 
 
 def _times(
@@ -64,7 +68,9 @@ def _times(
     """What a StepRow has of one mode, but for its profile."""
     for arrays in metadata[:WARM_UP]:
         one_step(arrays)
-    times = [_wall(one_step, metadata) for _ in range(3 if name == OFFLOADS else 9)]
+    calls = [partial(one_step, arrays) for arrays in metadata]
+    times = [_wall(calls) for _ in range(3 if name == OFFLOADS else 9)]
+    steps = iter(calls)
     return {
         "mode": name,
         "problem": {
@@ -72,32 +78,20 @@ def _times(
             "head_dim": shape.head_dim, "next_n": shape.next_n,
         },
         "batch": shape.batch,
-        "median_us": statistics.median(times),
-        "min_us": min(times),
-        "max_us": max(times),
-        "host_us": _host(one_step, metadata),
+        **asdict(Timing.of(times)),
+        "host_us": timing.host(lambda: next(steps)(), len(calls), queue=1),
         "copy_us": _copies(layers) if name == OFFLOADS else None,
     }  # fmt: skip
 
 
-def _wall(one_step: OneStep, metadata: list[dict]) -> float:
+def _wall(calls: Sequence[Callable[[], None]]) -> float:
+    """Microseconds per call, of calls in a row."""
     torch.cuda.synchronize()
     began = time.perf_counter()
-    for arrays in metadata:
-        one_step(arrays)
+    for call in calls:
+        call()
     torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - began) / len(metadata)
-
-
-def _host(one_step: OneStep, metadata: list[dict]) -> float:
-    times = []
-    for arrays in metadata:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        one_step(arrays)
-        times.append(1e6 * (time.perf_counter() - began))
-    torch.cuda.synchronize()
-    return statistics.median(times)
+    return 1e6 * (time.perf_counter() - began) / len(calls)
 
 
 def _profile(one_step: OneStep, metadata: list[dict]) -> dict:
@@ -145,11 +139,4 @@ def _copies(layers: list[Layer]) -> float:
             with torch.cuda.stream(outward):
                 host[number % 4].copy_(states[number % 4], non_blocking=True)
 
-    times = []
-    for _ in range(4):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        copy()
-        torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - began))
-    return min(times)
+    return min(_wall([copy]) for _ in range(4))

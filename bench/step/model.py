@@ -1,5 +1,6 @@
 """The compressors of a small model, layer by layer, and its decode steps."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ class Shape:
         rows = ratio * (2 if ratio == 4 else 1) + self.next_n
         return -(-rows // PAGE_SIZE) + 1
 
+    def windows(self, ratio: int) -> int:
+        """Output rows reserved per request."""
+        return self.next_n // ratio + 1
+
 
 @dataclass
 class Layer:
@@ -62,37 +67,28 @@ def make_layers(shape: Shape, device: torch.device, seed: int = 0) -> list[Layer
     """The model's layers, the same values for a seed on every device; the states hold noise."""
     generator = torch.Generator().manual_seed(seed)
 
-    def noise(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (torch.randn(*size, generator=generator) * scale).to(dtype).to(device)
+    def noise(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
 
     made = []
     for ratio in shape.compress_ratios:
-        state_dim = shape.state_dim(ratio)
-        pool = (shape.batch * shape.pages(ratio), PAGE_SIZE, state_dim)
+        width = 2 * shape.state_dim(ratio)
         # One random page, repeated: drawing gigabytes takes longer than measuring.
-        page = noise(1, PAGE_SIZE, state_dim)
-        made.append(
-            Layer(
-                ratio=ratio,
-                weight=noise(
-                    shape.hidden, 2 * state_dim, scale=shape.hidden**-0.5, dtype=torch.bfloat16
-                ),
-                ape=noise(ratio, state_dim),
-                kv_score=torch.zeros(
-                    shape.tokens, 2 * state_dim, dtype=torch.bfloat16, device=device
-                ),
-                output=torch.zeros(
-                    shape.batch * windows(shape, ratio), shape.head_dim, device=device
-                ),
-                state={name: page.expand(pool).contiguous() for name in ("kv", "score")},
-            )
+        page = noise(1, PAGE_SIZE, shape.state_dim(ratio)).to(device)
+        weight = noise(shape.hidden, width) * shape.hidden**-0.5
+        layer = Layer(
+            ratio=ratio,
+            weight=weight.bfloat16().to(device),
+            ape=noise(ratio, shape.state_dim(ratio)).to(device),
+            kv_score=torch.zeros(shape.tokens, width, dtype=torch.bfloat16, device=device),
+            output=torch.zeros(shape.batch * shape.windows(ratio), shape.head_dim, device=device),
+            state={
+                name: page.repeat(shape.batch * shape.pages(ratio), 1, 1)
+                for name in ("kv", "score")
+            },
         )
+        made.append(layer)
     return made
-
-
-def windows(shape: Shape, ratio: int) -> int:
-    """Output rows reserved per request."""
-    return shape.next_n // ratio + 1
 
 
 def step_metadata(shape: Shape, start: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,7 +104,7 @@ def step_metadata(shape: Shape, start: np.ndarray, new: np.ndarray) -> dict[str,
     logical = np.arange(MAX_LENGTH // PAGE_SIZE)
     for ratio in sorted(set(shape.compress_ratios)):
         pages = shape.pages(ratio)
-        arrays[f"cu_outputs_{ratio}"] = np.arange(shape.batch + 1) * windows(shape, ratio)
+        arrays[f"cu_outputs_{ratio}"] = np.arange(shape.batch + 1) * shape.windows(ratio)
         arrays[f"block_table_{ratio}"] = np.arange(shape.batch)[:, None] * pages + logical % pages
     return {name: array.astype(np.int32) for name, array in arrays.items()}
 
@@ -148,21 +144,13 @@ def run_step(
     """
     for number, layer in enumerate(layers):
         torch.mm(hidden_states, layer.weight, out=layer.kv_score)
-        if prefetcher is None:
-            _compress(layer, layer.state, inputs, next_n)
-        else:
-            with prefetcher.segment(number) as state:
-                _compress(layer, state, inputs, next_n)
+        block_table = inputs[f"block_table_{layer.ratio}"]
+        resident = contextlib.nullcontext(layer.state)
+        with resident if prefetcher is None else prefetcher.segment(number) as state:
+            kvfold.paged_kv_compress(
+                layer.kv_score, layer.ape, state["kv"], state["score"], block_table, block_table,
+                layer.output, inputs["kv_lens"], inputs["cu_seq_lens"],
+                inputs[f"cu_outputs_{layer.ratio}"], layer.ratio, next_n,
+            )  # fmt: skip
     if prefetcher is not None:
         prefetcher.join()
-
-
-def _compress(
-    layer: Layer, state: dict[str, Tensor], inputs: dict[str, Tensor], next_n: int
-) -> None:
-    block_table = inputs[f"block_table_{layer.ratio}"]
-    kvfold.paged_kv_compress(
-        layer.kv_score, layer.ape, state["kv"], state["score"], block_table, block_table,
-        layer.output, inputs["kv_lens"], inputs["cu_seq_lens"],
-        inputs[f"cu_outputs_{layer.ratio}"], layer.ratio, next_n,
-    )  # fmt: skip

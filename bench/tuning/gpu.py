@@ -1,32 +1,32 @@
 """The times of `kvfold tune`, on the GPU: candidates are compiled, checked and timed cold."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from kvfold.bench.build import compile_all
 from kvfold.bench.measure import timing
-from kvfold.bench.measure.runner import with_scalars
-from kvfold.bench.measure.verify import WrongResult, verify
+from kvfold.bench.measure.point import Point, with_scalars
 from kvfold.bench.tuning import search
-from kvfold.bench.tuning.search import Plan, TimePoint, Times
-from kvfold.codegen import Problem, Variant
+from kvfold.bench.tuning.plan import Plan, TimePoint
+from kvfold.bench.tuning.search import Times
+from kvfold.codegen import Variant
 from kvfold.runtime import dispatch
-from kvfold.runtime.compiler import Compiled
 from kvfold.runtime.dispatch import Launcher
-from kvfold.runtime.driver import Kernel
 from kvfold.workload import Case
 
 MOST_CASES = 256  # per point: small sizes would take thousands to leave the L2, and long
 REPLAYS = 7
 WARM_UP = 0.005  # seconds; the GPU is busy throughout, so its clocks are up
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
-
-def run(plan: Plan, device: torch.device, progress: Progress) -> list[Times]:
+def run(plan: Plan, device: torch.device, started: Callable[[str], None]) -> Times:
     """Times the candidates of every family on the GPU `device`, torch's current one.
+
+    Args:
+        started: is told what comes next.
 
     Raises:
         TableError: a problem that no variant can solve.
@@ -34,91 +34,59 @@ def run(plan: Plan, device: torch.device, progress: Progress) -> list[Times]:
         WrongResult: a candidate is wrong.
     """
     arch = dispatch.arch_of(device)
-    found = [search.candidates(plan, family.problem, arch) for family in plan.families]
-    codes: dict[Variant, Compiled] = {}
+    families = [search.candidates(plan, family[-1], arch) for family in plan.families]
     if plan.backend == "cuda":
-        variants = {v.symbol: v for v in itertools.chain.from_iterable(found)}
-        progress("compiling", 0, len(variants))
-        for code, _ in compile_all((variant, arch) for variant in variants.values()):
-            codes[variants[code.symbol]] = code
-            progress("compiling", len(codes), len(variants))
-        found = [search.distinct((v, codes[v]) for v in family) for family in found]
-
-    # How many survive is known late, so the bar may jump at a family's end.
-    most = [search.most_times(plan, len(family)) for family in found]
-    times = []
-    for index, (family, candidates) in enumerate(zip(plan.families, found, strict=True)):
-        timer = FamilyTimer(plan, family.problem, device, codes)
-        text = f"timing problem {index + 1} of {len(found)}"
-        count = itertools.count(sum(most[:index]))
-
-        def time(variant, point, timer=timer, text=text, count=count) -> float:
-            progress(text, next(count), sum(most))
-            return timer(variant, point)
-
-        times.append(search.measure(candidates, time, plan))
+        variants = list(itertools.chain.from_iterable(families))
+        started(f"compiling {len(variants)} variants")
+        compiled = compile_all((variant, arch) for variant in variants)
+        codes = {variant: code for variant, (code, _) in zip(variants, compiled, strict=True)}
+        families = [search.distinct((one, codes[one]) for one in found) for found in families]
+    timer = GpuTimer(plan, device, started)
+    times: Times = {}
+    for found in families:
+        times |= search.measure(found, timer, plan)
     return times
 
 
-class FamilyTimer:
-    """Times the variants of one problem, each checked before its first time.
+class GpuTimer:
+    """Times variants, each checked before its first time.
 
-    The cases of a scenario and size are made once. They stay until another is asked for.
+    The cases of a problem, scenario and size are made once. They stay until others are asked for.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        problem: Problem,
-        device: torch.device,
-        codes: Mapping[Variant, Compiled],
-    ):
-        """Args: device: torch's current one. codes: of the cuda variants."""
+    def __init__(self, plan: Plan, device: torch.device, started: Callable[[str], None]):
+        """Args: device: torch's current one. started: is told the next scenario and size."""
         self._work = plan.workload
-        self._problem = problem
         self._device = device
-        self._codes = codes
-        self._options = self._work.options()
+        self._started = started
         self._launchers: dict[Variant, Launcher] = {}
-        self._at: tuple[str, int] | None = None
+        self._point: Point | None = None
         self._cases: list[Case] = []
 
-    def __call__(self, variant: Variant, point: TimePoint) -> float:
+    def __call__(self, variant: Variant, at: TimePoint) -> float:
         """Median microseconds of a call, the L2 cold.
 
         Raises:
             WrongResult: the variant is wrong.
         """
-        launcher = self._launchers.get(variant) or self._checked(variant)
-        if self._at != (point.scenario, point.size):
+        if variant not in self._launchers:
+            self._launchers[variant] = self._checked(variant)
+        point = Point(variant.problem, self._work.options(), at.scenario, at.size)
+        if point != self._point:
+            self._started(str(point))
             self._cases = []  # freed before the next cases need the memory
-            self._at = point.scenario, point.size
-            self._cases = timing.cold_cases(
-                lambda seed: self._make(point.scenario, point.size, seed),
-                self._work.metadata,
-                self._device,
-                MOST_CASES,
-            )
-        call = with_scalars(launcher, self._work.prefetch[point.prefetch])
-        calls = timing.calls_of(call, self._cases)
+            self._cases, self._point = point.cold_cases(self._device, MOST_CASES), point
+        call = with_scalars(self._launchers[variant], self._work.prefetch[at.prefetch])
+        calls = [partial(call, case.arguments) for case in self._cases]
         return timing.replay(calls, REPLAYS, WARM_UP).median_us
 
-    def _make(self, scenario: str, size: int, seed: int = 0) -> Case:
-        return self._work.make(
-            self._problem, size, scenario, self._options, device=self._device, seed=seed
-        )
-
     def _checked(self, variant: Variant) -> Launcher:
-        code = self._codes.get(variant)
-        launcher = (
-            dispatch.bind(variant, self._device) if code is None else Kernel(variant, code.cubin)
-        )
-        scenario = next(iter(self._work.scenarios))
-        # One more than a small check takes: a large case is compared with the reference.
-        case = self._make(scenario, self._work.check_size + 1)
-        try:
-            verify(launcher, self._work, case)
-        except WrongResult as error:
-            raise WrongResult(f"{variant.symbol} is wrong: {error}") from None
-        self._launchers[variant] = launcher
+        """Binds a variant and checks it at one size more than a small check takes.
+
+        A case that large is compared with the reference.
+        """
+        launcher = dispatch.bind(variant, self._device)
+        scenario, size = next(iter(self._work.scenarios)), self._work.check_size + 1
+        point = Point(variant.problem, self._work.options(), scenario, size)
+        point.verify(launcher, variant.symbol, self._device)
         return launcher

@@ -1,121 +1,80 @@
-"""The tuner's times as a results file, and the choice made from them."""
+"""The tuner's results file: what was planned, and all times."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
-import torch
-
-from kvfold.bench.records import (
-    TunedFamily,
-    TunedTime,
-    TunedVariant,
-    TuneReport,
-    environment,
-    load,
-)
-from kvfold.bench.tuning import search
-from kvfold.bench.tuning.search import Family, Plan, TimePoint, Times, Tuned
-from kvfold.codegen import Bucket, OpSpec, Variant, op_spec
-from kvfold.codegen.fields import check_names
-from kvfold.runtime import dispatch
-from kvfold.workload import Search, workload
+from kvfold.bench.records import Report
+from kvfold.bench.tuning.plan import Plan, TimePoint
+from kvfold.bench.tuning.search import Times
+from kvfold.codegen import Problem, Variant
+from kvfold.codegen.fields import Value
+from kvfold.codegen.gpu import check_arch
 
 
-def report(plan: Plan, times: Sequence[Times], device: torch.device) -> TuneReport:
-    """All times of a run."""
-    families = [
-        TunedFamily(
-            problem=family.problem.values(),
-            shared=list(family.shared),
-            variants=[
-                TunedVariant(
-                    tuning=variant.tuning.values(),
-                    times=[TunedTime(**at._asdict(), median_us=us) for at, us in points.items()],
-                )
-                for variant, points in found.items()
-            ],
-        )
-        for family, found in zip(plan.families, times, strict=True)
-    ]
-    return TuneReport(
-        **environment(TuneReport, device),
-        op=plan.op,
-        arch=dispatch.arch_of(device),
-        backend=plan.backend,
-        command=plan.command,
-        mixture=dict(plan.mixture),
-        prefetch=list(plan.prefetch),
-        sizes=list(plan.sizes),
-        families=families,
-    )
+@dataclass(frozen=True, kw_only=True)
+class TunedTime:
+    """The median time of a variant at one point, in microseconds."""
+
+    prefetch: str
+    scenario: str
+    size: int
+    median_us: float
 
 
-def read(file: Path) -> tuple[TuneReport, Plan, list[Times]]:
-    """A results file, the plan that it is of, and its times. Raises as records.load does."""
-    found = load(TuneReport, file)
-    try:
-        spec, work = op_spec(found.op), workload(found.op)
-        check_names(found.mixture, work.scenarios, "scenario")
-        check_names(found.prefetch, work.prefetch, "prefetch")
-        families = [_family(spec, search.search_of(work), one) for one in found.families]
-        times = [
-            {_variant(found, family, one): _points(one) for one in entry.variants}
-            for family, entry in zip(families, found.families, strict=True)
-        ]
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    plan = Plan(
-        op=found.op,
-        families=tuple(families),
-        backend=found.backend,
-        sizes=tuple(found.sizes),
-        mixture=found.mixture,
-        prefetch=tuple(found.prefetch),
-        command=found.command,
-    )
-    return found, plan, times
+@dataclass(frozen=True, kw_only=True)
+class TunedVariant:
+    """All times of one variant."""
+
+    problem: dict[str, Value]
+    tuning: dict[str, Value]
+    times: list[TunedTime]
 
 
-def _family(spec: OpSpec, declared: Search, one: TunedFamily) -> Family:
-    problem, name = spec.problem.of(one.problem), declared.shared_field
-    largest = [] if name is None else [getattr(problem, name)]
-    if one.shared[-1:] != largest or one.shared != sorted(set(one.shared)):
-        accepted = "values of the shared field, ascending to that of problem"
-        raise ValueError(f"shared is {one.shared}; accepted: {accepted}")
-    return Family(problem, name, tuple(one.shared))
+@dataclass(frozen=True, kw_only=True)
+class TuneReport(Report):
+    """What `kvfold tune` measures and `--json` writes.
+
+    Attributes:
+        arch: of the GPU.
+        plan: what was tuned.
+        rows: one per variant.
+    """
+
+    KIND = "tuning"
+
+    arch: str
+    plan: Plan
+    rows: list[TunedVariant]
+
+    def __post_init__(self):
+        check_arch(self.arch)
+        _ = self.times
+
+    @cached_property
+    def times(self) -> Times:
+        """All times."""
+        spec, backend = self.plan.spec, self.plan.backend
+        return {
+            Variant(
+                problem=spec.problem.of(row.problem),
+                backend=backend,
+                tuning=spec.tuning.of(row.tuning),
+            ): {TimePoint(at.prefetch, at.scenario, at.size): at.median_us for at in row.times}
+            for row in self.rows
+        }
+
+    def times_of(self, family: list[Problem]) -> Times:
+        """The times of a family's variants."""
+        return {one: found for one, found in self.times.items() if one.problem == family[-1]}
 
 
-def _variant(found: TuneReport, family: Family, one: TunedVariant) -> Variant:
-    tuning = op_spec(found.op).tuning.of(one.tuning)
-    return Variant(problem=family.problem, backend=found.backend, tuning=tuning)
-
-
-def _points(one: TunedVariant) -> dict[TimePoint, float]:
-    return {TimePoint(t.prefetch, t.scenario, t.size): t.median_us for t in one.times}
-
-
-def choose(plan: Plan, times: Sequence[Times]) -> list[Tuned]:
-    """The ranges of every family."""
+def rows(times: Times) -> list[TunedVariant]:
+    """Times as the rows of a report."""
     return [
-        Tuned(family, found, search.choose(found, plan))
-        for family, found in zip(plan.families, times, strict=True)
-    ]
-
-
-def buckets(tuned: Sequence[Tuned], arch: str) -> list[Bucket]:
-    """The ranges as buckets of a table, for every problem of each family."""
-    return [
-        Bucket(
-            variant=replace(one.variant, problem=problem),
-            min_size=one.min_size,
-            max_size=one.max_size,
-            arch=arch,
-            row=0,
-            line=0,
-            section="tuned",
+        TunedVariant(
+            problem=variant.problem.values(),
+            tuning=variant.tuning.values(),
+            times=[TunedTime(**at._asdict(), median_us=us) for at, us in found.items()],
         )
-        for entry in tuned
-        for problem in entry.family.problems()
-        for one in entry.ranges
+        for variant, found in times.items()
     ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from kvfold.bench import records
+from kvfold.bench import environment
 from kvfold.bench.measure import limit, runner, timing
 from kvfold.codegen import Variant, load_table
 from kvfold.ops.paged_kv_compress import reference
@@ -70,7 +70,7 @@ def fake_gpu(monkeypatch) -> FakeGpu:
     def op(*args) -> None:
         gpu.launcher("op")(WORKLOAD.spec.arguments(*args))
 
-    def cold_cases(make, metadata, device, most=timing.MAX_CALLS):
+    def cold_cases(make, metadata, device, most):
         return [make(seed) for seed in range(3)]
 
     class Dispatch:
@@ -96,6 +96,6 @@ def fake_gpu(monkeypatch) -> FakeGpu:
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "host", lambda call: 5.0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stand-in")
-    monkeypatch.setattr(records, "commit", lambda: None)
-    monkeypatch.setattr(records, "_driver", lambda: None)
+    monkeypatch.setattr(environment, "commit", lambda: None)
+    monkeypatch.setattr(environment, "_output", lambda *command: None)
     return gpu

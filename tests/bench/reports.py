@@ -2,17 +2,10 @@
 
 from dataclasses import replace
 
-from kvfold.bench.records import (
-    KernelReport,
-    KernelRow,
-    StepReport,
-    StepRow,
-    TunedFamily,
-    TunedTime,
-    TunedVariant,
-    TuneReport,
-)
+from kvfold.bench.records import KernelReport, KernelRow, StepReport, StepRow
 from kvfold.bench.step.modes import MODES, OFFLOADS
+from kvfold.bench.tuning.plan import Plan
+from kvfold.bench.tuning.report import TunedTime, TunedVariant, TuneReport
 
 OP = "paged_kv_compress"
 PROBLEM = {
@@ -65,7 +58,6 @@ def _kernel_rows():
 
 KERNELS = KernelReport(
     **ENVIRONMENT,
-    kind="kernels",
     read_bandwidth_gbs=4700.0,
     copy_bandwidth_gbs=4260.0,
     empty_node_us=0.52,
@@ -74,7 +66,6 @@ KERNELS = KernelReport(
 
 STEP = StepReport(
     **ENVIRONMENT,
-    kind="step",
     rows=[
         StepRow(
             mode=name,
@@ -96,6 +87,7 @@ STEP = StepReport(
 
 def _tuned(reduce_warps: int, us: float) -> TunedVariant:
     return TunedVariant(
+        problem=PROBLEM,
         tuning={"reduce_warps": reduce_warps, "head_slice": 32, "min_ctas": 1},
         times=[
             TunedTime(prefetch=prefetch, scenario=scenario, size=size, median_us=us * size)
@@ -108,15 +100,14 @@ def _tuned(reduce_warps: int, us: float) -> TunedVariant:
 
 TUNING = TuneReport(
     **ENVIRONMENT,
-    kind="tuning",
-    op=OP,
     arch="sm_90",
-    backend="cuda",
-    command=f"kvfold tune {OP} head_dim=512 next_n=1,4",
-    mixture={"all-hit": 0.75, "spread": 0.25},
-    prefetch=["none", "state"],
-    sizes=[1, 16],
-    families=[
-        TunedFamily(problem=PROBLEM, shared=[1, 4], variants=[_tuned(4, 1.0), _tuned(8, 1.25)])
-    ],
+    plan=Plan(
+        op=OP,
+        problem={name: [value] for name, value in PROBLEM.items()} | {"next_n": [1, 4]},
+        backend="cuda",
+        sizes=[1, 16],
+        mixture={"all-hit": 0.75, "spread": 0.25},
+        prefetch=["none", "state"],
+    ),
+    rows=[_tuned(4, 1.0), _tuned(8, 1.25)],
 )

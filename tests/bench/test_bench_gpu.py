@@ -9,12 +9,13 @@ from command_line import kvfold_command
 
 from kvfold.bench import demo, records
 from kvfold.bench.measure import limit, runner, timing
-from kvfold.bench.records import KernelReport, TuneReport
+from kvfold.bench.records import KernelReport
+from kvfold.bench.tuning.report import TuneReport
 from kvfold.codegen import load_table
 from kvfold.ops.paged_kv_compress import workload
 from kvfold.ops.paged_kv_compress.spec import Problem
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
-from kvfold.runtime import compiler, dispatch
+from kvfold.runtime import dispatch
 from kvfold.workload import Measurement
 
 pytestmark = pytest.mark.gpu
@@ -32,18 +33,9 @@ def test_the_limit_is_measured(device):
     assert best.read_bandwidth_gbs > 0 and best.copy_bandwidth_gbs > 0 and best.empty_node_us > 0
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_both_readers_read_every_word(backend, device):
-    """A reader stores what it has read if that is one magic number, and nothing else."""
-    if backend == "cuda":
-        if compiler.unavailable() is not None:
-            pytest.skip("no NVRTC")
-        kernels, magic = limit.CudaKernels(device), 0x9E3779B9 - 2**32
-    else:
-        pytest.importorskip("triton")
-        from kvfold.bench.measure.limit_triton import TritonKernels
-
-        kernels, magic = TritonKernels(device, limit.CTAS, limit.THREADS), 0x1E3779B9
+def test_the_reader_reads_every_word(device):
+    """It stores what it has read if that is one magic number, and nothing else."""
+    kernels, magic = limit.Kernels(device), 0x9E3779B9 - 2**32
     share = 4 * 4 * limit.THREADS  # int32 that a CTA reads in one round
     words = torch.zeros(3 * share, dtype=torch.int32, device=device)
     kernels.empty()
@@ -71,7 +63,7 @@ def test_cases_are_more_than_the_l2_holds(device):
     def make(seed: int):
         return WORKLOAD.make(PROBLEM, 16, "all-hit", WORKLOAD.options(), device=device, seed=seed)
 
-    cases = timing.cold_cases(make, WORKLOAD.metadata, device)
+    cases = timing.cold_cases(make, WORKLOAD.metadata, device, timing.MAX_CALLS)
     assert len(cases) >= timing.MIN_CALLS
     assert sum(case.moved_bytes for case in cases) > 2 * timing.l2_bytes(device)
     assert len({case.arguments.paged_kv.data_ptr() for case in cases}) == len(cases)
@@ -81,7 +73,7 @@ def test_cases_are_more_than_the_l2_holds(device):
 def test_a_case_on_the_gpu_is_right(layout, device):
     options = {"page_size": [16, 24], "layout": layout}
     plan = runner.plan(WORKLOAD, Measurement(sizes=(3, 70), options=options))
-    found = list(runner.check(plan, device))
+    found = list(runner.check(plan.points, device))
     assert len(found) == len(plan.points) == 3 * 2 * 2
     assert max(one.largest_error for one in found) > 0
 
@@ -129,13 +121,13 @@ def test_the_tuner_times_candidates_and_writes_rows(tmp_path, monkeypatch, devic
     words = ["tune", OP, "head_dim=64", "next_n=1,2", "--batch", "1,32", "--mixture", "all-hit=1"]
     kvfold_command(*words, "--json", file, "--table", table)
     report = records.load(TuneReport, file)
-    assert report.arch == dispatch.arch_of(device) and report.prefetch == ["none", "state"]
-    (family,) = report.families
-    assert family.problem["next_n"] == 2 and family.shared == [1, 2]
+    assert report.arch == dispatch.arch_of(device) and report.plan.prefetch == ["none", "state"]
+    (family,) = report.plan.families
+    assert [problem.next_n for problem in family] == [1, 2]
+    assert {row.problem["next_n"] for row in report.rows} == {2}
     everywhere = 2 * 2  # prefetch and sizes
-    assert any(len(one.times) == everywhere for one in family.variants)
-    for next_n in (1, 2):
-        problem = Problem.of(report.families[0].problem | {"next_n": next_n})
+    assert any(len(one.times) == everywhere for one in report.rows)
+    for problem in family:
         for size in (1, 10_000):
             assert load_table(table).find(problem, "cuda", report.arch, size) is not None
     once = table.read_text()

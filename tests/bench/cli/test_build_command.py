@@ -1,6 +1,5 @@
 """kvfold build: what it compiles, the cache that it fills, and how it ends when it is stopped."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -33,10 +32,10 @@ def test_build_fills_the_cache_and_a_second_run_compiles_nothing(
     small, cache, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    words = ("build", "--arch", "sm_90", "--arch", "sm_80", "--out", out, "--emit")
+    words = ("build", "--arch", "sm_90", "--arch", "sm_80", "--out", out)
     text = kvfold_command(*words).stdout
     assert "6 variants for sm_90, sm_80: 6 compiled now, 0 from the cache; 0 spill" in text
-    assert f"cache: {cache}\n" in text and f"cubins: {out}\n" in text
+    assert f"cache: {cache}\n" in text and f"sources and cubins: {out}\n" in text
     shown = r"_s64 +sm_90 +(\d+) +0 +(\d+) *$"
     registers = re.findall(shown, text, re.MULTILINE)
     assert len(registers) == 2 and all(int(number) > 16 for number, _ in registers)
@@ -50,23 +49,58 @@ def test_build_fills_the_cache_and_a_second_run_compiles_nothing(
         code = cubin_cache.find(variant, "sm_80")
         assert code and code.cubin == (out / f"{variant.symbol}.sm_80.cubin").read_bytes()
 
-    def no_workers(*_, **__):
-        raise AssertionError("a worker was started")
-
-    monkeypatch.setattr(build, "ProcessPoolExecutor", no_workers)
-    monkeypatch.setattr(compiler, "compile_source", no_workers)
+    monkeypatch.setattr(compiler, "compile_source", None)  # which is not called
     again = kvfold_command("build", "--arch", "sm_90").stdout
     assert "2 variants for sm_90: 0 compiled now, 2 from the cache; 0 spill" in again
     assert re.findall(shown, again, re.MULTILINE) == registers
 
 
 @needs_nvrtc
-def test_a_variant_that_does_not_compile_ends_the_build_and_its_workers(small, cache):
+def test_a_variant_that_does_not_compile_ends_the_build(small, cache):
     variant = load_table().variants[0]
     with pytest.raises(compiler.CompileError, match=rf"{variant.symbol} for sm_1"):
         list(build.compile_all([(variant, "sm_1")]))
-    wait_for(lambda: not multiprocessing.active_children())
     assert not cache.exists()
+
+
+def test_an_iteration_that_ends_early_compiles_no_more(cache, monkeypatch):
+    """Neither after an error nor after the first result that is wanted."""
+    asked = []
+
+    def compiled(variant, arch):
+        asked.append(variant)
+        time.sleep(0.01)  # all of them take 5 s
+        if variant == "wrong":
+            raise compiler.CompileError("wrong")
+        return variant
+
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cubin_cache, "find", lambda variant, arch: None)
+    monkeypatch.setattr(cubin_cache, "compiled", compiled)
+    jobs = [(number, "sm_90") for number in range(1000)]
+    with pytest.raises(compiler.CompileError):
+        list(build.compile_all([("wrong", "sm_90"), *jobs]))
+    assert len(asked) < 500
+    asked.clear()
+    results = build.compile_all(jobs)
+    assert next(results) == (0, True)
+    results.close()
+    assert len(asked) < 500
+
+
+def test_results_come_in_the_order_of_the_jobs(monkeypatch):
+    """Whichever is ready first, and whether it was compiled or in the cache."""
+    found = {0: "a", 3: "d"}
+    monkeypatch.setattr(cubin_cache, "find", lambda variant, arch: found.get(variant))
+
+    def compiled(variant, arch):
+        time.sleep(0.05 if variant == 1 else 0)
+        return "abcd"[variant]
+
+    monkeypatch.setattr(cubin_cache, "compiled", compiled)
+    assert list(build.compile_all((number, "sm_90") for number in range(4))) == [
+        ("a", False), ("b", True), ("c", True), ("d", False)
+    ]  # fmt: skip
 
 
 def test_variants_of_an_arch_are_its_own_rows_or_those_for_any(small):
@@ -85,7 +119,6 @@ def test_an_arch_that_nvrtc_does_not_know_is_refused(arch, small):
 
 @needs_nvrtc
 def test_build_refuses_what_it_cannot_do(small, monkeypatch):
-    assert "--emit needs --out" in refused("build", "--emit")
     small.with_name("file").write_text("")
     line = refused("build", "--out", small.with_name("file"))
     assert "file, which is no directory" in line
@@ -100,8 +133,7 @@ def test_the_arch_is_this_machines_gpu(small, monkeypatch):
     asked = []
     monkeypatch.setattr(compiler, "unavailable", lambda: None)
     monkeypatch.setattr(command, "_check_arch", asked.append)
-    monkeypatch.setattr(build, "compile_all", lambda jobs: iter(()))
-    monkeypatch.setattr(command, "_codes", lambda jobs, codes: "")
+    monkeypatch.setattr(build, "variants_for", lambda table, arch: [])
     monkeypatch.setattr(common, "current_gpu", lambda: None)
     kvfold_command("build")
     monkeypatch.setattr(common, "current_gpu", lambda: "a GPU")
@@ -118,37 +150,12 @@ def importing(process: subprocess.Popen) -> bool:
     return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
 
 
-def starting_workers(process: subprocess.Popen) -> bool:
-    """Whether there is a worker; it has not yet imported what it needs."""
-    return any("spawn_main" in command_of(pid) for pid in group(process.pid))
-
-
 def compiling(process: subprocess.Popen) -> bool:
-    """Whether a first kernel is compiled, so that every worker is at work."""
+    """Whether a first kernel is compiled, so that every thread is at work."""
     return any(Path(environment["KVFOLD_CACHE_DIR"]).glob("*.cubin"))
 
 
 environment: dict[str, str] = {}
-
-
-def group(leader: int) -> list[int]:
-    """Processes of a process group that have not ended."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgid = file.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has ended
-            continue
-        if int(pgid) == leader and state != "Z":
-            found.append(int(file.parent.name))
-    return found
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 def wait_for(condition) -> None:
@@ -163,35 +170,30 @@ def wait_for(condition) -> None:
     ("number", "when", "codes"),
     [
         (signal.SIGINT, importing, (-signal.SIGINT, 130)),
-        (signal.SIGINT, starting_workers, (1, 130)),  # 1 with an older click
-        (signal.SIGTERM, starting_workers, (143,)),
-        (signal.SIGTERM, compiling, (143,)),
-        (signal.SIGKILL, starting_workers, (-signal.SIGKILL,)),
-        (signal.SIGKILL, compiling, (-signal.SIGKILL,)),
+        (signal.SIGINT, compiling, (1, 130)),  # 1 with an older click
+        (signal.SIGTERM, importing, (-signal.SIGTERM,)),
+        (signal.SIGTERM, compiling, (-signal.SIGTERM,)),
     ],
 )
-def test_a_build_that_is_stopped_leaves_no_worker_and_says_nothing(number, when, codes, tmp_path):
+def test_a_build_that_is_stopped_leaves_no_process_and_says_nothing(number, when, codes, tmp_path):
     environment.update(os.environ, KVFOLD_CACHE_DIR=str(tmp_path / "cache"))
     process = subprocess.Popen(
         [sys.executable, "-m", "kvfold.bench", "build", "--arch", "sm_90"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # its workers are in its process group
+        start_new_session=True,  # a process that it starts is in its process group
         env=environment,
     )
     try:
         wait_for(lambda: when(process))
         assert process.poll() is None
-        if number == signal.SIGINT:  # Ctrl-C goes to all of a terminal's processes
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode in codes
-        if number != signal.SIGKILL:  # after which Python's resource tracker warns
-            assert stderr.replace("Aborted.\n", "").strip() == ""
-        wait_for(lambda: not group(process.pid))
+        assert stderr.replace("Aborted.\n", "").strip() == ""
+        with pytest.raises(ProcessLookupError):  # nobody is left in the group
+            os.killpg(process.pid, 0)
     finally:
-        for pid in group(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            process.kill()

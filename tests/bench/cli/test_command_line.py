@@ -11,7 +11,7 @@ from command_line import kvfold_command, refused
 
 import kvfold
 from kvfold.bench.__main__ import main
-from kvfold.bench.cli import common
+from kvfold.bench.cli import common, output, words
 from kvfold.codegen import TableError
 from kvfold.codegen.table import SHIPPED
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
@@ -24,14 +24,14 @@ OP = "paged_kv_compress"
     [
         ((), ["table", "build", "demo", "bench", "tune", "step", "--version"]),
         (("table",), ["list", "check", "fields", "explain", "KVFOLD_CONFIG"]),
-        (("table", "list"), ["--all", "--json"]),
+        (("table", "list"), ["--all"]),
         (("table", "check"), ["FILE", "exit code 2"]),
         (("table", "fields"), [OP]),
         (("table", "explain"), ["FIELD=VALUE", "--batch", "--arch", "--backend"]),
-        (("build",), ["--arch", "--out", "--emit", "no GPU", "cache"]),
-        (("tune",), ["FIELD=VALUE", "--batch", "--prefetch", "--mixture", "--table", "--dry-run",
-                     "--from", "as next_n"]),
-        (("step",), ["--batch", "16,256", "--json", "--plot", "--from"]),
+        (("build",), ["--arch", "--out", "sources", "no GPU", "cache"]),
+        (("tune",), ["FIELD=VALUE", "--batch", "--prefetch", "--mixture", "--table", "--from",
+                     "KVFOLD_CONFIG", "as next_n"]),
+        (("step",), ["--batch", "16,256", "--json", "--from"]),
         (("demo",), ["--steps", "--seed", "--device"]),
         (("bench",), ["FIELD=VALUE", "--batch", "--scenario", "--prefetch", "--override", "backend",
                       "--baseline", "--suite", "--json", "--plot", "--from"]),
@@ -72,11 +72,12 @@ def test_an_op_that_is_not_there_is_named(command):
 
 
 def test_words_are_read_by_their_fields_types():
-    words = ["head_dim=128", "overlap=false", "kv_dtype=bf16", "next_n=1,2", "reduce_warps=4"]
-    problem, tuning = common.parse_words(words, Problem, Tuning)
+    typed = ["head_dim=128", "overlap=false", "kv_dtype=bf16", "next_n=1,2", "reduce_warps=4"]
+    problem, tuning = words.parse_words(typed, Problem, Tuning)
     assert problem == {"head_dim": 128, "overlap": False, "kv_dtype": "bf16", "next_n": [1, 2]}
     assert tuning == {"reduce_warps": 4}
-    assert common.parse_words(["next_n=2, 2"], Problem) == [{"next_n": 2}]
+    assert words.parse_words(["next_n=2, 02"], Problem) == [{"next_n": 2}]
+    assert words.parse_words(None, Problem) == [{}]
 
 
 @pytest.mark.parametrize(
@@ -95,27 +96,28 @@ def test_words_are_read_by_their_fields_types():
 )
 def test_a_word_that_is_none_is_named(word, says):
     with pytest.raises(ValueError) as caught:
-        common.parse_words([word], Problem)
+        words.parse_words([word], Problem)
     assert says in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_a_field_is_given_once():
     with pytest.raises(ValueError, match="next_n is given twice; accepted: once"):
-        common.parse_words(["next_n=1", "next_n=2"], Problem)
+        words.parse_words(["next_n=1", "next_n=2"], Problem)
 
 
 def test_lists_of_sizes_are_integers_that_a_case_can_have():
-    assert common.integers("--batch", "1, 16,16") == (1, 16)
+    assert words.integers("--batch", "1, 16,16") == (1, 16)
+    assert words.integers("--batch", None) is None
     for text in ("", "x", "1,", "1.5"):
         with pytest.raises(ValueError, match=r"--batch is .*; accepted: integers, as in 1,16,64"):
-            common.integers("--batch", text)
+            words.integers("--batch", text)
     for number in (0, -1, 999_999_999):
         with pytest.raises(TableError, match=rf"--batch = {number} .*legal: 1, 2, ..., 1048576"):
-            common.integers("--batch", str(number))
+            words.integers("--batch", str(number))
 
 
 def test_counts_are_singular_for_one():
-    assert [common.count(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert [output.count(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -124,22 +126,22 @@ def test_counts_are_singular_for_one():
 def test_a_file_that_cannot_be_written_is_refused_before_it_is_needed(tmp_path):
     """By its mode bits, so that root is refused as well."""
     plain = tmp_path / "plain.json"
-    common.check_writable(plain, "--json")
+    common.check_writable(plain)
     plain.write_text("")
-    common.check_writable(plain, "--json")
-    common.check_writable(None, "--json")
+    common.check_writable(plain)
+    common.check_writable(None)
     assert plain.read_text() == ""
     plain.chmod(0o444)
-    with pytest.raises(ValueError, match=rf"--json is {plain}, which is read-only"):
-        common.check_writable(plain, "--json")
+    with pytest.raises(ValueError, match=rf"^{plain} is read-only"):
+        common.check_writable(plain)
     link = tmp_path / "link.json"
     link.symlink_to(plain)
     with pytest.raises(ValueError, match="read-only"):
-        common.check_writable(link, "--json")
-    with pytest.raises(ValueError, match=r"--json is .*, but .*/missing is no directory"):
-        common.check_writable(tmp_path / "missing" / "x.json", "--json")
+        common.check_writable(link)
+    with pytest.raises(ValueError, match=r"x\.json cannot be written: .*/missing is no directory"):
+        common.check_writable(tmp_path / "missing" / "x.json")
     with pytest.raises(ValueError, match="no regular file"):
-        common.check_writable(tmp_path, "--json")
+        common.check_writable(tmp_path)
 
 
 # ---- brackets ------------------------------------------------------------------------------------
@@ -183,13 +185,12 @@ def test_a_value_with_brackets_is_no_markup(value):
 
 @pytest.fixture
 def new_process(monkeypatch):
-    """`main` imports the command line anew; the signal handlers that it sets are put back."""
+    """`main` imports the command line anew; the signal handler that it sets is put back."""
     for name in [name for name in sys.modules if name.startswith("kvfold.bench.cli")]:
         monkeypatch.delitem(sys.modules, name)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.getsignal(signal.SIGINT)
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("module", ["typer", "rich", "rich.table"])

@@ -11,7 +11,7 @@ from kvfold.bench import demo as simulation
 
 def test_demo_prints_a_summary(no_gpu):
     text = kvfold_command("demo", "--steps", 3).stdout
-    for name in ["device", "backend", "variants", "steps", "rows", "largest", "time"]:
+    for name in ["device", "backend", "variants", "steps", "rows", "largest"]:
         assert re.search(rf"^{name}", text, re.MULTILINE)
     assert re.search(r"recomputed after a rollback: all right *$", text, re.MULTILINE)
 

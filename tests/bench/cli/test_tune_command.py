@@ -9,12 +9,11 @@ import pytest
 import torch
 from command_line import kvfold_command, refused
 
-from kvfold.bench import records
-from kvfold.bench.cli import common
-from kvfold.bench.cli import tune as command
+from kvfold.bench import environment, records
+from kvfold.bench.cli import common, tune
 from kvfold.bench.measure.verify import WrongResult
-from kvfold.bench.records import TuneReport
 from kvfold.bench.tuning import gpu
+from kvfold.bench.tuning.report import TuneReport
 from kvfold.bench.tuning.table_file import MARKER
 from kvfold.codegen import Variant, load_table
 from kvfold.ops.paged_kv_compress import workload
@@ -57,7 +56,7 @@ def fake_tuner(monkeypatch):
             yield Compiled(one.symbol, arch, b"", 200 // one.tuning.min_ctas, spilled, 0.0), True
 
     class Timer:
-        def __init__(self, plan, problem, device, codes):
+        def __init__(self, plan, device, started):
             assert device.type == "cpu"
 
         def __call__(self, one: Variant, point) -> float:
@@ -71,9 +70,9 @@ def fake_tuner(monkeypatch):
     monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(compiler, "unavailable", lambda: None)
     monkeypatch.setattr(gpu, "compile_all", compile_all)
-    monkeypatch.setattr(gpu, "FamilyTimer", Timer)
-    monkeypatch.setattr(records, "commit", lambda: None)
-    monkeypatch.setattr(records, "_driver", lambda: None)
+    monkeypatch.setattr(gpu, "GpuTimer", Timer)
+    monkeypatch.setattr(environment, "commit", lambda: None)
+    monkeypatch.setattr(environment, "_output", lambda *command: None)
     monkeypatch.setattr(workload, "REDUCE_WARPS", (4, 8))
     monkeypatch.setattr(workload, "HEAD_SLICES", (16, 32, 64))
     return seen
@@ -101,7 +100,8 @@ def test_the_command_measures_chooses_and_writes(fake_tuner, table, tmp_path):
     assert text.startswith(TABLE + "\n" + MARKER) and '- origin: "a stand-in, 20' in text
     assert (
         "kvfold tune paged_kv_compress head_dim=64 compress_ratio=128 kv_dtype=bf16,fp32"
-        " state_dtype=fp32 next_n=1,2 --batch 1,4,8"
+        " state_dtype=fp32 next_n=1,2 --backend cuda --batch 1,4,8 --prefetch none,state"
+        ' --mixture all-hit=0.45,spread=0.45,no-hit=0.1"'
     ) in " ".join(text.split())
     assert text.count("kv_dtype: [bf16, fp32]") == 3
     for kv_dtype, next_n in itertools.product(("bf16", "fp32"), (1, 2)):
@@ -116,8 +116,8 @@ def test_the_command_measures_chooses_and_writes(fake_tuner, table, tmp_path):
     assert {one.problem.next_n for one, _ in fake_tuner.timed} == {2}
     assert {point.prefetch for _, point in fake_tuner.timed} == {"none", "state"}
     report = records.load(TuneReport, file)
-    assert (report.device, report.arch, len(report.families)) == ("a stand-in", "sm_90", 2)
-    assert report.prefetch == ["none", "state"] and report.sizes == [1, 4, 8]
+    assert (report.device, report.arch, len(report.plan.families)) == ("a stand-in", "sm_90", 2)
+    assert report.plan.prefetch == ["none", "state"] and report.plan.sizes == [1, 4, 8]
 
 
 def test_what_is_chosen_is_shown_with_its_times(fake_tuner):
@@ -126,14 +126,6 @@ def test_what_is_chosen_is_shown_with_its_times(fake_tuner):
     assert re.search(r"^ *w8_s64 +10.00 +10.00 +5.00 *$", shown, re.MULTILINE)  # with prefetch
     assert "max_batch: 5, reduce_warps: 8, head_slice: 32}" in shown
     assert "min_batch: 6, reduce_warps: 8, head_slice: 64}" in shown
-
-
-def test_a_dry_run_shows_the_diff_and_writes_nothing(fake_tuner, table):
-    table.chmod(0o444)  # which does not matter then
-    shown = kvfold_command(*QUICK, "--table", table, "--dry-run").stdout
-    assert f"+++ {table} (tuned)" in shown and '\n+  - origin: "a stand-in, 20' in shown
-    assert f"\n+{MARKER}\n" in shown and "wrote" not in shown
-    assert table.read_text() == TABLE
 
 
 def test_the_table_in_force_takes_the_rows_and_without_one_they_are_shown(
@@ -183,9 +175,7 @@ def test_a_file_of_times_gives_the_same_rows_with_no_gpu(mixture, fake_tuner, ta
     second = kvfold_command("tune", OP, "--from", file, "--table", again).stdout
     assert second == first.replace(str(table), str(again))
     assert again.read_text() == table.read_text()
-    assert ("--mixture no-hit=0.75,spread=0.25" in " ".join(again.read_text().split())) == bool(
-        mixture
-    )
+    assert ("--mixture no-hit=3,spread=1" in " ".join(again.read_text().split())) == bool(mixture)
 
 
 def test_a_file_of_times_can_be_weighed_anew(fake_tuner, table, tmp_path):
@@ -197,13 +187,13 @@ def test_a_file_of_times_can_be_weighed_anew(fake_tuner, table, tmp_path):
     assert text.count("origin:") == 1 and "--mixture no-hit=1" in text
     kvfold_command(*QUICK, "--mixture", "no-hit=1", "--json", file)
     line = refused("tune", OP, "--from", file, "--mixture", "spread=1")
-    assert "--mixture names spread, which was not timed; accepted: no-hit" in line
+    assert "none of the variants was timed at every point" in line
 
 
 def test_a_file_of_another_op_or_kind_is_refused(fake_tuner, tmp_path, monkeypatch):
     file = tmp_path / "times.json"
     kvfold_command(*QUICK, "--json", file)
-    monkeypatch.setattr(command, "workload", lambda op: workload.WORKLOAD)
+    monkeypatch.setattr(tune, "workload", lambda op: workload.WORKLOAD)
     assert f"holds times of {OP}; accepted: of other_op" in refused(
         "tune", "other_op", "--from", file
     )
@@ -216,11 +206,10 @@ def test_a_file_of_another_op_or_kind_is_refused(fake_tuner, tmp_path, monkeypat
 
 def test_a_table_that_cannot_be_written_costs_no_measuring(fake_tuner, table):
     line = refused(*QUICK, "--table", "/nonexistent/x.yaml")
-    assert line == "kvfold: --table is /nonexistent/x.yaml, but /nonexistent is no directory"
+    assert line == "kvfold: /nonexistent/x.yaml cannot be written: /nonexistent is no directory"
     table.chmod(0o444)
-    assert refused(*QUICK, "--table", table) == f"kvfold: --table is {table}, which is read-only"
-    line = refused(*QUICK, KVFOLD_CONFIG=str(table))
-    assert line == f"kvfold: KVFOLD_CONFIG is {table}, which is read-only"
+    assert refused(*QUICK, "--table", table) == f"kvfold: {table} is read-only"
+    assert refused(*QUICK, KVFOLD_CONFIG=str(table)) == f"kvfold: {table} is read-only"
     assert "no regular file" in refused(*QUICK, "--table", table.parent)
     assert not fake_tuner.compiled and not fake_tuner.timed
     assert table.read_text() == TABLE
@@ -240,8 +229,8 @@ def test_a_table_that_cannot_take_the_rows_costs_no_measuring(fake_tuner, table)
     ("words", "says"),
     [
         ((), "No CUDA GPU is here, so nothing is timed; accepted: --from FILE"),
-        (("--dry-run",), "--dry-run needs --table"),
-        (("--mixture", "some=1"), "accepted: weights of all-hit"),
+        (("--mixture", "some=1"), "some is no scenario; legal: all-hit, spread, no-hit"),
+        (("--mixture", "spread"), "accepted: weights of scenarios, as in"),
         (("head_dim=100",), "head_dim = 100"),
         (("head_dim=x",), 'head_dim = "x"'),
         (("reduce_warps=4",), "reduce_warps is no problem field of paged_kv_compress"),

@@ -8,6 +8,7 @@ import torch
 
 from kvfold.bench import records
 from kvfold.bench.measure import runner, timing
+from kvfold.bench.measure.point import Point
 from kvfold.bench.measure.verify import WrongResult
 from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import TableError, Variant, load_table
@@ -35,7 +36,7 @@ def test_a_plan_fills_in_defaults_and_goes_through_every_point():
     assert problem.overlap
     options = [WORKLOAD.options(page_size=size) for size in (8, 16)]
     assert list(found.points) == [
-        runner.Point(problem, option, "all-hit", size) for option in options for size in (1, 2)
+        Point(problem, option, "all-hit", size) for option in options for size in (1, 2)
     ]
     assert str(found.points[0]) == (
         "all-hit, size 1, head_dim 128, compress_ratio 4, overlap true, kv_dtype bf16,"
@@ -81,12 +82,12 @@ def test_the_ops_suite_is_planned_without_an_error():
 # ---- overrides -----------------------------------------------------------------------------------
 
 
-def production(size: int = 16, **changes) -> tuple[Variant, runner.Point]:
+def production(size: int = 16, **changes) -> tuple[Variant, Point]:
     """The shipped table's variant for the default problem, and the point that it serves."""
     problem = Problem(**{**WORKLOAD.defaults, **changes})
     variant = load_table().find(problem, "cuda", "any", size)
     assert variant is not None
-    return variant, runner.Point(problem, WORKLOAD.options(), "all-hit", size)
+    return variant, Point(problem, WORKLOAD.options(), "all-hit", size)
 
 
 def test_an_override_changes_the_tuning_it_names(fake_gpu):
@@ -131,7 +132,7 @@ def test_an_override_must_fit_the_shared_memory_of_the_gpu_at_hand(fake_gpu, mon
 
 def test_the_check_on_a_cpu_passes_the_op_and_names_where_it_is_wrong(monkeypatch):
     small = plan(problem=SMALL, sizes=(1, 3), options={"page_size": 8, "layout": "packed"})
-    found = list(runner.check(small, CPU))
+    found = list(runner.check(small.points, CPU))
     assert tuple(one.point for one in found) == small.points
     assert [one.rows for one in found] == [1, 3, 1, 3, 0, 0]
     assert all((one.largest_error > 0) == (one.rows > 0) for one in found)
@@ -143,7 +144,7 @@ def test_the_check_on_a_cpu_passes_the_op_and_names_where_it_is_wrong(monkeypatc
 
     monkeypatch.setattr(runner, "torch_op", lambda name: wrong)
     with pytest.raises(WrongResult, match=r"the op is wrong at all-hit, size 1, .*page_size 8"):
-        list(runner.check(small, CPU))
+        list(runner.check(small.points, CPU))
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_a_run_times_the_dispatched_variant_with_each_prefetch(fake_gpu):
     assert row.moved_bytes == early.moved_bytes > 124 * 128 * 2 * 4  # the window's old rows
     assert row.l2 == "cold" and row.host_us == {}
     assert report.read_bandwidth_gbs == 4000.0 and report.empty_node_us == 0.5
-    assert (report.device, report.kind) == ("a stand-in", "kernels")
+    assert (report.device, report.KIND) == ("a stand-in", "kernels")
     assert report.table_fingerprint == load_table().fingerprint
 
 
@@ -240,13 +241,11 @@ def test_all_plans_of_a_suite_are_in_one_report(fake_gpu, monkeypatch, tmp_path)
         for one in WORKLOAD.suite
     )  # fmt: skip
     plans = [runner.plan(WORKLOAD, one) for one in small]
-    started: list[runner.Point] = []
+    started: list[Point] = []
     report = runner.measure(plans, CPU, started.append)
     assert started == [point for one in plans for point in one.points]
-    panels = {row.panel[:-1] for row in report.rows}
-    assert panels == {
-        (p.problem.op, *p.problem.values().values(), *p.options.values().values(), p.scenario)
-        for p in started
+    assert {row.panel for row in report.rows} == {
+        (p.problem.op, f"{p.problem}, {p.options}; cold L2", p.scenario) for p in started
     }
     assert {row.chosen_by for row in report.rows} == {"table", "override", "yardstick"}
     # What was measured is a results file that can be read again.

@@ -1,4 +1,4 @@
-"""The tuner's search: problems, candidates, which points are timed, and the choice of ranges."""
+"""The tuner's search: candidates, which points are timed, and the choice of ranges."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.bench.tuning import search
-from kvfold.bench.tuning.search import Range, TimePoint
+from kvfold.bench.tuning.plan import Plan, TimePoint, search_of
+from kvfold.bench.tuning.plan import plan as make_plan
 from kvfold.codegen import TableError, Variant
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
@@ -26,116 +27,8 @@ def variant(backend="cuda", **tuning) -> Variant:
     return Variant(problem=PRODUCTION, backend=backend, tuning=Tuning(**fields))
 
 
-def plan(problems=None, **fields) -> search.Plan:
-    return search.plan(OP, DEFAULTS | (problems or {}), **fields)
-
-
-def test_the_default_mixture_is_the_one_of_these_tests():
-    assert search.search_of(WORKLOAD).mixture == MIXTURE
-
-
-# ---- plans and families --------------------------------------------------------------------------
-
-
-def test_families_hold_next_n_together_and_fill_in_the_defaults():
-    problems = {"compress_ratio": [128, 4], "next_n": [4, 1], "kv_dtype": ["bf16", "fp32"]}
-    found = plan(problems).families
-    assert [(f.problem.compress_ratio, f.problem.overlap, f.problem.kv_dtype) for f in found] == [
-        (128, False, "bf16"), (128, False, "fp32"), (4, True, "bf16"), (4, True, "fp32")
-    ]  # fmt: skip
-    # The largest next_n is timed, and the rows are for all.
-    assert all(f.problem.next_n == 4 and f.shared == (1, 4) for f in found)
-    assert found[0].problems() == [replace(PRODUCTION, next_n=n) for n in (1, 4)]
-
-
-def test_a_family_of_one_value_is_one_problem():
-    (family,) = plan().families
-    assert family.problems() == [PRODUCTION] and family.shared == (4,)
-
-
-def test_without_a_shared_field_every_problem_is_timed():
-    families = list(search._families(OP, DEFAULTS | {"next_n": [1, 4]}, None))
-    assert [family.problems() for family in families] == [
-        [replace(PRODUCTION, next_n=n)] for n in (1, 4)
-    ]
-
-
-def test_a_shared_field_that_is_left_out_has_its_default():
-    (family,) = search._families(OP, DEFAULTS, "overlap")
-    assert family.problems() == [PRODUCTION]
-
-
-def test_a_plan_is_the_workloads_where_nothing_else_is_said():
-    found = plan()
-    assert found.sizes == search.search_of(WORKLOAD).sizes
-    assert found.mixture == MIXTURE and found.scenarios == ("all-hit", "spread", "no-hit")
-    assert found.prefetch == ("none", "state") and found.backend == "cuda"
-    assert plan(backend="triton").prefetch == ("none",)
-    assert plan(sizes=(8, 2, 8)).sizes == (2, 8)
-
-
-@pytest.mark.parametrize(
-    ("problems", "fields", "names"),
-    [
-        ({"head_dim": 100}, {}, "head_dim = 100"),
-        ({"next_n": [4, 17]}, {}, "next_n = 17"),
-        ({"kv_dtype": "fp16"}, {}, 'kv_dtype = "fp16" .*bf16, fp32'),
-        ({"heads": 8}, {}, "heads is no problem field of paged_kv_compress"),
-        ({}, {"sizes": (0,)}, "batch = 0"),
-        ({}, {"sizes": (1 << 30,)}, "batch = 1073741824"),
-        ({}, {"backend": "cpu"}, 'backend = "cpu"'),
-        ({}, {"prefetch": ("early",)}, "early is no prefetch of cuda; legal: none, state"),
-        ({}, {"backend": "triton", "prefetch": ("state",)}, "no prefetch of triton; legal: none"),
-    ],
-)
-def test_a_plan_refuses_what_it_cannot_tune(problems, fields, names):
-    with pytest.raises(TableError, match=names):
-        plan(problems, **fields)
-
-
-def test_a_plan_says_what_to_type_for_it():
-    assert plan({"next_n": [1, 4]}).command == (
-        "kvfold tune paged_kv_compress head_dim=512 compress_ratio=128 kv_dtype=bf16"
-        " state_dtype=fp32 next_n=1,4"
-    )
-    problems = {"compress_ratio": 4, "overlap": False}
-    text = plan(problems, sizes=(8, 2), prefetch=("state",)).command
-    assert "overlap=false" in text and text.endswith("--batch 2,8 --prefetch state")
-    assert plan(backend="triton").command.endswith("next_n=4 --backend triton")
-    assert plan().full_command == plan().command
-    weighed = plan(mixture={"spread": 0.75, "no-hit": 0.25})
-    assert weighed.full_command == weighed.command + " --mixture spread=0.75,no-hit=0.25"
-
-
-@pytest.mark.parametrize(
-    ("text", "weights"),
-    [
-        ("all-hit=1,no-hit=3", {"all-hit": 0.25, "no-hit": 0.75}),
-        ("spread = 2, no-hit=0", {"spread": 1.0}),
-        ("all-hit=0.45,spread=0.45,no-hit=0.1", MIXTURE),
-    ],
-)
-def test_a_mixture_adds_up_to_one(text, weights):
-    assert search.parse_mixture(text, WORKLOAD.scenarios) == pytest.approx(weights)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "spread", "spread=", "spread=x", "some=1", "spread=1,spread=1", "spread=0", "spread=-1",
-     "spread=inf", "spread=nan", "spread=1e308,no-hit=1e308"],
-)  # fmt: skip
-def test_a_mixture_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=r"mixture is .*; accepted: weights of all-hit, spread"):
-        search.parse_mixture(text, WORKLOAD.scenarios)
-
-
-@pytest.mark.parametrize("prefetch", [("none",), ("none", "state")])
-def test_calls_with_and_without_prefetch_weigh_the_same(prefetch):
-    found = search.weights(MIXTURE, prefetch)
-    assert sum(found.values()) == pytest.approx(1)
-    assert found.keys() == set(itertools.product(prefetch, MIXTURE))
-    for (_, scenario), weight in found.items():
-        assert weight == MIXTURE[scenario] / len(prefetch)
+def plan(problem=None, **fields) -> Plan:
+    return make_plan(OP, DEFAULTS | (problem or {}), **fields)
 
 
 # ---- candidates ----------------------------------------------------------------------------------
@@ -145,13 +38,13 @@ def test_calls_with_and_without_prefetch_weigh_the_same(prefetch):
 def test_candidates_are_the_workloads_that_can_run(backend, monkeypatch):
     one = plan(backend=backend)
     found = search.candidates(one, PRODUCTION, "sm_90")
-    tunings = list(search.search_of(WORKLOAD).candidates(PRODUCTION, backend, "sm_90"))
+    tunings = list(search_of(OP).candidates(PRODUCTION, backend, "sm_90"))
     assert [candidate.tuning for candidate in found] == tunings
     assert {(c.problem, c.backend) for c in found} == {(PRODUCTION, backend)}
     # What cannot run is no candidate, whatever the workload proposes.
     proposed = [Tuning(reduce_warps=4, head_slice=48), *tunings[:2]]
-    declared = replace(search.search_of(WORKLOAD), candidates=lambda *_: proposed)
-    monkeypatch.setattr(search, "search_of", lambda work: declared)
+    declared = replace(search_of(OP), candidates=lambda *_: proposed)
+    monkeypatch.setattr(search, "search_of", lambda op: declared)
     kept = search.candidates(one, PRODUCTION, "any")
     assert [candidate.tuning for candidate in kept] == tunings[:2]
 
@@ -201,8 +94,8 @@ def test_all_are_timed_at_first_and_the_good_ones_once_everywhere():
     assert set(times[bad]) == {TimePoint("state", *at) for at in first}
     everywhere = {TimePoint(*at) for at in itertools.product(("none", "state"), MIXTURE, SIZES)}
     assert set(times[good]) == set(times[fair]) == everywhere
-    assert len(asked) == len(set(asked)) <= search.most_times(one, 3)
-    assert search.timed_everywhere(times, one) == [good, fair]
+    assert len(asked) == len(set(asked))
+    assert search.timed_everywhere(one, times) == [good, fair]
 
 
 def test_cases_are_made_for_as_few_points_in_turn_as_can_be():
@@ -278,9 +171,11 @@ def test_ranges_tile_the_axis_and_meet_in_the_geometric_middle():
         v: timed(lambda _, __, size, v=v: 1.0 if best[size] == v else 2.0, sizes)
         for v in (large, middle, small)
     }
-    assert search.choose(times, plan(sizes=sizes)) == (
-        Range(small, 1, 1), Range(middle, 2, 22), Range(large, 23, None)
-    )  # fmt: skip
+    found = search.choose(plan(sizes=sizes), times, "sm_90")
+    assert [(one.variant, one.min_size, one.max_size) for one in found] == [
+        (small, 1, 1), (middle, 2, 22), (large, 23, None)
+    ]  # fmt: skip
+    assert {one.arch for one in found} == {"sm_90"}
 
 
 @pytest.mark.parametrize(("gain", "count"), [(1.009, 1), (1.011, 2)])
@@ -290,7 +185,7 @@ def test_a_further_range_must_gain_one_per_cent(gain, count):
         one: timed(lambda _, __, size: {1: 1.0, 2: gain}[size], (1, 2)),
         other: timed(lambda _, __, size: {1: 2.0, 2: 1.0}[size], (1, 2)),
     }
-    assert len(search.choose(times, plan(sizes=(1, 2)))) == count
+    assert len(search.choose(plan(sizes=(1, 2)), times, "any")) == count
 
 
 def test_the_mixture_decides_and_what_was_not_timed_everywhere_does_not_count():
@@ -303,7 +198,7 @@ def test_the_mixture_decides_and_what_was_not_timed_everywhere_does_not_count():
             store: timed(lambda _, name, __: {"all-hit": 2.0, "no-hit": 1.0}[name], (1,), weights),
             out: {TimePoint("state", "all-hit", 1): 0.1},
         }
-        return search.choose(times, one)[0].variant
+        return search.choose(one, times, "any")[0].variant
 
     assert chosen({"all-hit": 0.5, "no-hit": 0.5}) == store
     assert chosen({"all-hit": 0.7, "no-hit": 0.3}) == hit
@@ -322,7 +217,7 @@ def test_the_prefetches_count_the_same():
             plain: timed(lambda *_: 10.0, (1,)),
             early: timed(lambda mode, *_: 10 / gain if mode == "state" else 10 * loss, (1,)),
         }
-        return search.choose(times, one)[0].variant
+        return search.choose(one, times, "any")[0].variant
 
     assert chosen(gain=1.2, loss=1.25) == plain
     assert chosen(gain=1.25, loss=1.2) == early
@@ -332,14 +227,27 @@ def test_the_prefetches_count_the_same():
 
 def test_no_variant_timed_everywhere_is_an_error():
     with pytest.raises(TableError, match="none of the variants was timed at every point"):
-        search.choose({variant(): {TimePoint("state", "all-hit", 1): 1.0}}, plan(sizes=(1,)))
+        times = {variant(): {TimePoint("state", "all-hit", 1): 1.0}}
+        search.choose(plan(sizes=(1,)), times, "any")
+
+
+def test_a_shared_field_shares_its_rows():
+    """Every value of the shared field gets the ranges of the one that was timed."""
+    (family,) = plan({"next_n": [1, 2, 4]}).families
+    few, many = variant(reduce_warps=1), variant(head_slice=64)
+    ranges = [search.bucket(few, "sm_90", 1, 8), search.bucket(many, "sm_90", 9)]
+    found = search.shared(ranges, family)
+    assert [(b.variant.problem.next_n, b.min_size, b.max_size) for b in found] == [
+        (next_n, low, high) for next_n in (1, 2, 4) for low, high in ((1, 8), (9, None))
+    ]
+    assert {b.variant.tuning for b in found[::2]} == {few.tuning}
+    assert {b.variant.tuning for b in found[1::2]} == {many.tuning}
+    assert {(b.arch, b.variant.backend) for b in found} == {("sm_90", "cuda")}
 
 
 def test_rows_to_try_serve_every_problem_at_every_size():
     one = plan({"next_n": [1, 4], "head_dim": [128, 512]})
     tried = search.untimed(one, "sm_90")
-    assert [entry.family for entry in tried] == list(one.families)
-    for entry in tried:
-        (only,) = entry.ranges
-        assert (only.min_size, only.max_size) == (1, None)
-        assert only.variant.problem == entry.family.problem
+    problems = [problem for family in one.families for problem in family]
+    assert len(problems) == 4 and [entry.variant.problem for entry in tried] == problems
+    assert {(entry.min_size, entry.max_size) for entry in tried} == {(1, None)}

@@ -10,6 +10,7 @@ from kvfold.bench.tuning.table_file import MARKER
 from kvfold.codegen import Bucket, TableError, Variant, load_table
 from kvfold.codegen.table import SHIPPED, row_text
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
+from kvfold.runtime.files import replace_file
 
 OP = "paged_kv_compress"
 ORIGIN = "a GPU, 2027-01-02: kvfold tune"
@@ -52,12 +53,13 @@ def file(tmp_path) -> Path:
     return file
 
 
-def edited(file: Path, *new: Bucket, origin: str = ORIGIN) -> table_file.Edit:
+def edited(file: Path, *new: Bucket, origin: str = ORIGIN) -> str:
     return table_file.replaced(file, new, origin)
 
 
 def write(file: Path, *new: Bucket, origin: str = ORIGIN) -> str:
-    edited(file, *new, origin=origin).write()
+    """Writes the file as `kvfold tune` does."""
+    replace_file(file, edited(file, *new, origin=origin).encode())
     return file.read_text()
 
 
@@ -70,16 +72,15 @@ def tuned_part(text: str) -> str:
 
 
 def test_rows_go_into_a_section_below_a_marker(file):
-    edit = edited(file, bucket())
-    assert edit.after == (
+    assert edited(file, bucket()) == (
         f"{TABLE}\n{MARKER}\n\ntuned:\n"
         '  - origin: "a GPU, 2027-01-02: kvfold tune"\n'
         "    paged_kv_compress:\n"
         "      - {head_dim: 64, compress_ratio: 128, kv_dtype: bf16, state_dtype: fp32, next_n: 4,"
         "\n         backend: cuda, arch: sm_90, reduce_warps: 2, head_slice: 32}\n"
     )
-    assert file.read_text() == TABLE  # until write()
-    edit.write()
+    assert file.read_text() == TABLE
+    write(file, bucket())
     table = load_table(file)
     own = table.find(problem(), "cuda", "sm_90", 9)
     assert own and (own.tuning.reduce_warps, own.tuning.head_slice) == (2, 32)
@@ -115,10 +116,8 @@ def test_text_above_the_marker_stays_byte_for_byte_however_often_rows_are_writte
 
 def test_a_table_is_made_where_there_is_none(tmp_path):
     file = tmp_path / "new.yaml"
-    edit = edited(file, bucket())
-    assert not file.exists() and edit.before == ""
-    edit.write()
-    assert file.read_text().startswith(f"version: 1\n{MARKER}\n\ntuned:\n  - origin: ")
+    assert edited(file, bucket()) and not file.exists()
+    assert write(file, bucket()).startswith(f"version: 1\n{MARKER}\n\ntuned:\n  - origin: ")
     assert len(load_table(file).variants) == 1
 
 
@@ -134,9 +133,8 @@ def test_the_file_keeps_its_link_and_mode_and_leaves_nothing_behind(file, tmp_pa
 
 def test_a_read_only_table_is_not_overwritten(file):
     file.chmod(0o444)
-    edit = edited(file, bucket())
     with pytest.raises(PermissionError, match="read-only"):
-        edit.write()
+        write(file, bucket())
     assert file.read_text() == TABLE
 
 
@@ -236,41 +234,18 @@ def test_a_file_that_is_no_table_is_refused_with_its_name(text, file):
 def test_rows_on_the_wrong_side_of_the_marker_are_not_lost(file):
     row = "  - " + row_text(problem(next_n=1).values() | {"backend": "cuda", "reduce_warps": 1,
                                                           "head_slice": 64})  # fmt: skip
-    says = r"is on the wrong side of the line that separates .*Everything below"
+    says = r"is written by hand, and stands where tuned rows are.*Everything below"
     # Hand-written rows below it.
     text = f"version: 1\n{MARKER}\n{OP}:\n{row}\n"
     file.write_text(text)
     with pytest.raises(TableError, match=rf"{file}: {OP} row 1 \(line 4\): {says}"):
         edited(file, bucket())
-    # Tuned rows without it.
+    # Tuned rows without it, or above it.
     write_tuned = f"version: 1\ntuned:\n  - origin: x\n    {OP}:\n    {row}\n"
-    file.write_text(write_tuned)
-    with pytest.raises(TableError, match=rf"{file}: tuned {OP} row 1 \(line 5\): {says}"):
-        edited(file, bucket())
-    # Tuned rows above it.
-    file.write_text(write_tuned + MARKER + "\n")
-    with pytest.raises(TableError, match=rf"tuned {OP} row 1 \(line 5\): {says}"):
-        edited(file, bucket())
-
-
-# ---- the diff ------------------------------------------------------------------------------------
-
-
-def test_the_diff_shows_the_change_and_nothing_for_none(file):
-    lines = edited(file, bucket()).diff().splitlines()
-    assert lines[:2] == [f"--- {file} (now)", f"+++ {file} (tuned)"]
-    assert f"+{MARKER}" in lines and f'+  - origin: "{ORIGIN}"' in lines
-    assert not [line for line in lines[2:] if line.startswith("-")]
-    write(file, bucket())
-    again = edited(file, bucket(warps=4)).diff().splitlines()
-    removed = [line for line in again[2:] if line.startswith("-")]
-    assert removed == ["-         backend: cuda, arch: sm_90, reduce_warps: 2, head_slice: 32}"]
-    assert edited(file, bucket()).diff() == ""
-
-
-def test_the_diff_of_a_file_without_a_last_newline_has_whole_lines(file):
-    file.write_text(TABLE.rstrip("\n"))
-    assert all(line[0] in " +-@" for line in edited(file, bucket()).diff().splitlines())
+    for text in (write_tuned, write_tuned + MARKER + "\n"):
+        file.write_text(text)
+        with pytest.raises(TableError, match=rf"^{file}: tuned .* is given twice"):
+            edited(file, bucket())
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -293,9 +268,15 @@ def test_rows_say_only_what_is_no_default():
     assert not row.keys() & {"arch", "min_batch", "max_batch", "overlap", "min_ctas"}
 
 
-def test_an_overlap_that_is_not_the_ratios_own_is_said():
+def test_an_overlap_that_is_not_the_ratios_own_is_said(file):
     (row,) = table_file.table_rows([bucket(compress_ratio=4, overlap=False)])
     assert row["overlap"] is False
+    # It shares no row with the ratio's own, which has no value to write.
+    both = [bucket(compress_ratio=4, next_n=3, overlap=overlap) for overlap in (True, False)]
+    assert ["overlap" in row for row in table_file.table_rows(both)] == [False, True]
+    write(file, *both)
+    for one in both:
+        assert load_table(file).find(one.variant.problem, "cuda", "sm_90", 1) == one.variant
 
 
 def test_problems_with_the_same_ranges_share_rows_where_lists_say_exactly_them():

@@ -1,14 +1,16 @@
 """What the tuner does on a GPU: compile, check and time each variant. The GPU is stood in for."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kvfold.bench.measure import timing
+from kvfold.bench.measure import point, timing
 from kvfold.bench.measure.verify import WrongResult
 from kvfold.bench.tuning import gpu, search
-from kvfold.bench.tuning.search import TimePoint
+from kvfold.bench.tuning.plan import TimePoint
+from kvfold.bench.tuning.plan import plan as make_plan
 from kvfold.codegen import Variant
 from kvfold.ops.paged_kv_compress import reference, workload
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
@@ -31,13 +33,13 @@ class StandIn:
     """The reference in place of kernels; times are made up.
 
     Attributes:
-        bound, loaded: variants that were bound by dispatch, and loaded from their machine code.
+        bound: variants that were bound by dispatch.
         timed: (variant, prefetches, number of calls) of every replay.
         wrong: a variant that writes nothing.
     """
 
     def __init__(self):
-        self.bound, self.loaded, self.timed, self.calls = [], [], [], []
+        self.bound, self.timed, self.calls = [], [], []
         self.wrong: Variant | None = None
 
     def launcher(self, one: Variant):
@@ -66,25 +68,19 @@ def stand_in(monkeypatch) -> StandIn:
         found.bound.append(one)
         return found.launcher(one)
 
-    def load(one, cubin):
-        found.loaded.append((one, cubin))
-        return found.launcher(one)
-
     def cold_cases(make, metadata, device, most):
         assert metadata == WORKLOAD.metadata and most == gpu.MOST_CASES
         return [make(seed) for seed in range(2)]
 
     monkeypatch.setattr(gpu.dispatch, "bind", bind)
-    monkeypatch.setattr(gpu, "Kernel", load)
     monkeypatch.setattr(timing, "replay", found.replay)
     monkeypatch.setattr(timing, "cold_cases", cold_cases)
     monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90")
     return found
 
 
-def timer(codes=None, **fields) -> gpu.FamilyTimer:
-    plan = search.plan(OP, FIELDS, **fields)
-    return gpu.FamilyTimer(plan, SMALL, CPU, codes or {})
+def timer(started=lambda what: None, **fields) -> gpu.GpuTimer:
+    return gpu.GpuTimer(make_plan(OP, FIELDS, **fields), CPU, started)
 
 
 def test_a_call_is_timed_with_and_without_prefetch(stand_in):
@@ -95,28 +91,24 @@ def test_a_call_is_timed_with_and_without_prefetch(stand_in):
     assert stand_in.bound == [variant()]  # once
 
 
-def test_a_variant_runs_from_the_code_that_was_compiled_for_it(stand_in):
-    code = Compiled(variant().symbol, "sm_90", b"code", 96, 0, 0.0)
-    timer({variant(): code})(variant(), TimePoint("none", "all-hit", 1))
-    assert stand_in.loaded == [(variant(), b"code")] and not stand_in.bound
-
-
 def test_a_wrong_variant_is_named_and_not_timed(stand_in):
     stand_in.wrong = variant()
-    with pytest.raises(WrongResult, match=rf"^{variant().symbol} is wrong: paged_kv\["):
+    with pytest.raises(
+        WrongResult, match=rf"^{variant().symbol} is wrong at all-hit, .*: paged_kv\["
+    ):
         timer()(variant(), TimePoint("none", "all-hit", 1))
     assert not stand_in.timed
 
 
 def test_a_variant_is_checked_against_the_reference_at_a_middling_size(stand_in, monkeypatch):
     checked = []
-    check = gpu.verify
+    check = point.verify
 
     def verify(call, work, case):
         checked.append(case.arguments.kv_lens.numel())
         return check(call, work, case)
 
-    monkeypatch.setattr(gpu, "verify", verify)
+    monkeypatch.setattr(point, "verify", verify)
     time = timer()
     for prefetch in ("none", "state"):
         time(variant(), TimePoint(prefetch, "all-hit", 1))
@@ -132,15 +124,21 @@ def test_cases_are_made_once_for_a_scenario_and_size(stand_in, monkeypatch):
         return make(*args)
 
     monkeypatch.setattr(timing, "cold_cases", cold_cases)
-    time = timer()
+    told = []
+    time = timer(told.append)
     points = [TimePoint(prefetch, "spread", 4) for prefetch in ("none", "state")]
     for one in (variant(), variant(8)):
-        for point in points:
-            time(one, point)
+        for at in points:
+            time(one, at)
     assert len(made) == 1 and len(stand_in.timed) == 4
     time(variant(), TimePoint("none", "spread", 5))
     time(variant(), TimePoint("none", "all-hit", 5))
-    assert len(made) == 3
+    other = replace(variant(), problem=replace(SMALL, next_n=1))
+    time(other, TimePoint("none", "all-hit", 5))
+    assert len(made) == 4
+    assert [text[: text.index(", head_dim")] for text in told] == [
+        "spread, size 4", "spread, size 5", "all-hit, size 5", "all-hit, size 5"
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -163,34 +161,29 @@ def test_a_run_compiles_all_and_times_those_that_do_not_spill(
             yield Compiled(one.symbol, arch, one.symbol.encode(), registers, spilled, 0.0), True
 
     monkeypatch.setattr(gpu, "compile_all", compile_all)
-    plan = search.plan(OP, FIELDS | {"kv_dtype": ["bf16", "fp32"]}, sizes=(1, 4))
-    times = gpu.run(plan, CPU, lambda *what: told.append(what))
-    assert len(times) == len(plan.families) == 2
-    for found, family in zip(times, plan.families, strict=True):
-        candidates = search.candidates(plan, family.problem, "sm_90")
-        assert set(candidates) <= set(compiled)
-        kept = [one for one in candidates if one.tuning.head_slice != 16]
-        assert set(found) == set(kept)
-        for points in found.values():
-            assert set(points) == set(search.all_points(plan))
-            assert all(us == (8.0 if at.prefetch == "state" else 10.0) for at, us in points.items())
-    # Each was loaded from its own code, and replayed once per point.
-    assert all(cubin == one.symbol.encode() for one, cubin in stand_in.loaded)
+    plan = make_plan(OP, FIELDS | {"kv_dtype": ["bf16", "fp32"]}, sizes=(1, 4))
+    times = gpu.run(plan, CPU, told.append)
+    assert len(plan.families) == 2
+    candidates = [
+        one for family in plan.families for one in search.candidates(plan, family[-1], "sm_90")
+    ]
+    assert compiled == candidates
+    assert set(times) == {one for one in candidates if one.tuning.head_slice != 16}
+    for points in times.values():
+        assert set(points) == set(plan.points)
+        assert all(us == (8.0 if at.prefetch == "state" else 10.0) for at, us in points.items())
+    # Each was replayed once per point.
     replays = Counter(one for one, *_ in stand_in.timed)
-    assert set(replays.values()) == {len(search.all_points(plan))}
-    assert told[0] == ("compiling", 0, len(compiled))
-    assert {text for text, *_ in told} == {
-        "compiling", "timing problem 1 of 2", "timing problem 2 of 2"
-    }  # fmt: skip
-    assert all(done <= total for _, done, total in told)
+    assert set(replays.values()) == {len(plan.points)}
+    assert told[0] == f"compiling {len(compiled)} variants"
 
 
 def test_triton_is_not_compiled_ahead_and_not_timed_with_prefetch(
     stand_in, few_candidates, monkeypatch
 ):
     monkeypatch.setattr(gpu, "compile_all", None)
-    plan = search.plan(OP, FIELDS, backend="triton", sizes=(1,))
-    (times,) = gpu.run(plan, CPU, lambda *what: None)
+    plan = make_plan(OP, FIELDS, backend="triton", sizes=(1,))
+    times = gpu.run(plan, CPU, lambda what: None)
     assert times and {one.backend for one in times} == {"triton"}
     assert {prefetches for _, prefetches, _ in stand_in.timed} == {False}
     assert set(stand_in.bound) == set(times)
