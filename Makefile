@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= build/gpu
 BIN    := $(VENV)/bin
 
-.PHONY: help setup demo test lint types format docs gpu bench suite step clean
+.PHONY: help setup demo test newest lint types format docs gpu bench suite step clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ demo: setup  ## a decode simulation in which every row is checked
 
 test: setup lint  ## lint, types, and all tests that need no GPU
 	$(BIN)/pytest -n auto -m "not gpu"
+
+newest: setup  ## the Triton tests with the newest Triton, whose CPU mode needs no GPU
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest triton
+	PYTHONPATH=build/newest $(BIN)/pytest -n auto -m "not gpu" tests/ops/*/test_triton.py -k "not spill"
 
 lint: setup types  ## ruff, both ways, and pyright
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_VALUE_LENGTH = 120  # characters of a value or a name that a message shows
+MAX_LISTED = 16  # values of a range that a message lists
+UNBOUNDED = 2**29  # the last value of a range without a bound that matters is above
 
 
 class TableError(ValueError):
@@ -54,9 +56,12 @@ def _cut(text: str) -> str:
 
 
 def in_words(values: Sequence) -> str:
-    """Legal values in words: 'bf16, fp32' or, for many, '8, 16, ..., 512 (integer)'."""
+    """Legal values in words: 'bf16, fp32', '1, 2 (integer)', '8 or more in steps of 8 (integer)'."""
     if not values:
         return "none"
-    shown = values if len(values) <= 16 else (*values[:2], "...", values[-1])
-    words = ", ".join(json.dumps(value).strip('"') for value in shown)
+    if isinstance(values, range) and len(values) > MAX_LISTED:
+        last = "or more" if values[-1] >= UNBOUNDED else f"to {values[-1]}"
+        steps = "" if values.step == 1 else f" in steps of {values.step}"
+        return f"{values[0]} {last}{steps} (integer)"
+    words = ", ".join(json.dumps(value).strip('"') for value in values)
     return words + (" (integer)" if type(values[0]) is int else "")

@@ -16,7 +16,7 @@ from kvfold.codegen.documentation import argument_rows, field_rows, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/step.md", "docs/fields.md")
-RESULTS = ROOT / "bench" / "results" / "h100"
+RESULTS = ROOT / "bench" / "results" / "h200"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 PRODUCTION = {"head_dim": 512, "compress_ratio": 128, "overlap": False, "kv_dtype": "bf16",

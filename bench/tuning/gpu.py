@@ -19,7 +19,8 @@ from kvfold.workload import Case
 
 MOST_CASES = 256  # per point: small sizes would take thousands to leave the L2, and long
 REPLAYS = 7
-WARM_UP = 0.005  # seconds; the GPU is busy throughout, so its clocks are up
+WARM_UP = 0.005  # seconds
+FIRST_WARM_UP = 0.05  # after new cases: while the host made them, the clocks went down
 
 
 def run(plan: Plan, device: torch.device, started: Callable[[str], None]) -> Times:
@@ -72,13 +73,15 @@ class GpuTimer:
         if variant not in self._launchers:
             self._launchers[variant] = self._checked(variant)
         point = Point(variant.problem, self._work.options(), at.scenario, at.size)
+        warm_up = WARM_UP
         if point != self._point:
+            warm_up = FIRST_WARM_UP
             self._started(str(point))
             self._cases = []  # freed before the next cases need the memory
             self._cases, self._point = point.cold_cases(self._device, MOST_CASES), point
         call = with_scalars(self._launchers[variant], self._work.prefetch[at.prefetch])
         calls = [partial(call, case.arguments) for case in self._cases]
-        return timing.replay(calls, REPLAYS, WARM_UP).median_us
+        return timing.replay(calls, REPLAYS, warm_up).median_us
 
     def _checked(self, variant: Variant) -> Launcher:
         """Binds a variant and checks it at one size more than a small check takes.

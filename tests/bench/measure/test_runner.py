@@ -56,12 +56,12 @@ def test_a_list_of_a_problem_field_stands_for_each_of_its_values():
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        ({"problem": {"head_dim": 100}}, "head_dim = 100 .*8, 16"),
+        ({"problem": {"head_dim": 100}}, "head_dim = 100 .*8 or more"),
         ({"problem": {"kv_dtype": "fp16"}}, 'kv_dtype = "fp16" .*bf16, fp32'),
         ({"sizes": (0,)}, "batch = 0"),
-        ({"sizes": (2**20 + 1,)}, "batch = 1048577 .*legal: 1, 2, ..., 1048576"),
+        ({"sizes": (2**20 + 1,)}, "batch = 1048577 .*legal: 1 to 1048576"),
         ({"options": {"page_size": -1}}, "page_size = -1"),
-        ({"options": {"page_size": 10**9}}, "page_size = 1000000000 .*legal: 1, 2, ..., 4096"),
+        ({"options": {"page_size": 10**9}}, "page_size = 1000000000 .*legal: 1 to 4096"),
         ({"options": {"layout": "woven"}}, 'layout = "woven" .*split, packed'),
         ({"scenarios": ("some",)}, "some is no scenario; legal: all-hit, spread, no-hit"),
         ({"override": {"warps": 1}}, "warps is no tuning field"),

@@ -201,13 +201,13 @@ BAD = {
     "block_table_kv batch": ("block_table_kv", lambda t: t[:-1], r"\[batch, max_pages\]"),
     "block_table_score": ("block_table_score", lambda t: t[:, :-1], r"\[batch, max_pages\]"),
     "output dtype": ("output", lambda t: t.half(), FLOATS),
-    "output head_dim": ("output", lambda t: t[:, :12], r"8, 16, \.\.\."),
+    "output head_dim": ("output", lambda t: t[:, :12], "8 or more in steps of 8"),
     "output expanded": ("output", lambda t: t[:1].expand(t.shape), "rows that do not overlap"),
     "kv_lens dtype": ("kv_lens", lambda t: t.float(), "torch.int32"),
     "kv_lens strides": ("kv_lens", lambda t: t.repeat_interleave(2)[::2], "contiguous"),
     "cu_seq_lens": ("cu_seq_lens", lambda t: t[:-1], r"\[batch\+1\] = \[4\]"),
     "cu_outputs": ("cu_outputs", lambda t: t[:-1], r"\[batch\+1\] = \[4\]"),
-    "compress_ratio": ("compress_ratio", lambda r: 0, "1, 2, "),
+    "compress_ratio": ("compress_ratio", lambda r: 0, "1 or more"),
     "next_n below": ("next_n", lambda n: -1, "1, 2, "),
     "next_n above": ("next_n", lambda n: 17, r"1, 2, .*16 \(integer\)"),
 }
@@ -313,7 +313,7 @@ def test_a_head_dim_that_no_row_can_have_is_refused_on_the_cpu(run):
         "output": torch.zeros(3, 12),
         **{name: torch.zeros(9, 4, 24) for name in ("paged_kv", "paged_score")},
     }
-    with pytest.raises(ValueError, match=r"output is of head_dim 12; accepted: 8, 16, \.\.\."):
+    with pytest.raises(ValueError, match="output is of head_dim 12; accepted: 8 or more"):
         run(arguments)
 
 
