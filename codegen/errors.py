@@ -56,7 +56,7 @@ def _cut(text: str) -> str:
 
 
 def in_words(values: Sequence) -> str:
-    """Legal values in words: 'bf16, fp32', '1, 2 (integer)', '8 or more in steps of 8 (integer)'."""
+    """Legal values in words: 'bf16', '1, 2 (integer)', '8 or more in steps of 8 (integer)'."""
     if not values:
         return "none"
     if isinstance(values, range) and len(values) > MAX_LISTED:

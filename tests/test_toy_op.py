@@ -160,7 +160,7 @@ for bad, words in (
     ((x, y[:4]), "y is of shape [4, 96]; accepted: [rows, columns] = [5, 96]"),
     ((x.double(), y), "x is of torch.float64; accepted: torch.float32"),
     ((x, x), "y is in the memory of x"),
-    ((x[:, :7].clone(), y[:, :7].clone()), "x is of columns 7; accepted: 4, 8, ..., 4096"),
+    ((x[:, :7].clone(), y[:, :7].clone()), "x is of columns 7; accepted: 4 to 4096 in steps of 4"),
 ):
     try:
         kvfold.toy(*bad)
