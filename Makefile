@@ -65,7 +65,7 @@ suite:  ## on a GPU: the standard benchmark of each op
 
 step:  ## on a GPU: a whole decode step in four modes
 	mkdir -p $(OUT)
-	$(PYTHON) -m kvfold.bench step --json $(OUT)/step.json --plot $(OUT)/step.png
+	$(PYTHON) -m kvfold.bench step --json $(OUT)/step.json
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -55,12 +55,14 @@ class Search:
         shared_field: a problem field whose values share their measurements and rows; the tuner
             times the largest value. None if there is no such field.
         mixture: scenario -> weight in the mean that the tuner minimises.
+        prefetch: mode of the workload's prefetch -> weight in that mean.
         sizes: sizes to time.
     """
 
     candidates: Callable[[Any, str, str], Iterable[Tuning]]
     shared_field: str | None
     mixture: Mapping[str, float]
+    prefetch: Mapping[str, float]
     sizes: tuple[int, ...]
 
 

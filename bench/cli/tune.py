@@ -54,8 +54,8 @@ def tune(
 
     All variants of a problem are checked and timed at a few points. At most 20 of them are timed at
     every size, in every scenario and with every prefetch. The ranges chosen minimise the geometric
-    mean of the times, weighted by --mixture; each prefetch counts the same. A further range must
-    gain 1 %.
+    mean of the times, weighted by --mixture; the op says how much each prefetch
+    counts. A further range must gain 1 %.
 
     The rows are written into the `tuned` section of the table, for this GPU's architecture.
     """

@@ -31,7 +31,7 @@ class Plan:
         backend: 'cuda' or 'triton'.
         sizes: on the size axis, ascending.
         mixture: scenario -> weight; the scenarios to time.
-        prefetch: how to call, names of the workload's prefetch. Each counts the same.
+        prefetch: how to call, names of the workload's prefetch, which the op's search weighs.
 
     Raises:
         TableError: a name or a value that is not accepted.
@@ -89,10 +89,11 @@ class Plan:
     @cached_property
     def points(self) -> dict[TimePoint, float]:
         """Every point and its weight. The weights of one size add up to 1."""
-        total = sum(self.mixture.values()) * len(self.prefetch)
+        modes = {name: search_of(self.op).prefetch[name] for name in self.prefetch}
+        total = sum(self.mixture.values()) * sum(modes.values())
         return {
-            TimePoint(prefetch, scenario, size): weight / total
-            for prefetch in self.prefetch
+            TimePoint(prefetch, scenario, size): weight * mode / total
+            for prefetch, mode in modes.items()
             for scenario, weight in self.mixture.items()
             for size in self.sizes
         }

@@ -239,6 +239,8 @@ WORKLOAD = Workload(
         shared_field="next_n",
         # no-hit counts least: of the many requests of a large batch one nearly always closes one.
         mixture={"all-hit": 0.45, "spread": 0.45, "no-hit": 0.1},
+        # An engine that cares for the time prefetches.
+        prefetch={"none": 0.3, "state": 0.7},
         sizes=(1, 4, 16, 32, 64, 128, 256, 512),
     ),
     suite=(

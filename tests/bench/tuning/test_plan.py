@@ -121,9 +121,12 @@ def test_a_mixture_that_is_none_is_refused(text):
 
 
 @pytest.mark.parametrize("prefetch", [["none"], ["none", "state"]])
-def test_calls_with_and_without_prefetch_weigh_the_same(prefetch):
+def test_calls_with_and_without_prefetch_weigh_what_the_op_says(prefetch):
+    says = search_of("paged_kv_compress").prefetch
+    total = sum(says[name] for name in prefetch)
     found = plan(prefetch=prefetch, sizes=(1, 2), mixture={"spread": 3, "no-hit": 1}).points
     assert found.keys() == set(itertools.product(prefetch, ("spread", "no-hit"), (1, 2)))
     assert sum(weight for at, weight in found.items() if at.size == 2) == pytest.approx(1)
     for at, weight in found.items():
-        assert weight == {"spread": 0.75, "no-hit": 0.25}[at.scenario] / len(prefetch)
+        scenario = {"spread": 0.75, "no-hit": 0.25}[at.scenario]
+        assert weight == pytest.approx(scenario * says[at.prefetch] / total)

@@ -207,8 +207,10 @@ def test_the_mixture_decides_and_what_was_not_timed_everywhere_does_not_count():
     assert 0.62 * math.log(2) > 0.38 * math.log(3)
 
 
-def test_the_prefetches_count_the_same():
-    """What is quicker with prefetch alone is not chosen if it is as much slower without."""
+def test_the_prefetches_count_what_the_op_says():
+    """What is quicker with prefetch alone is not chosen if it is that much slower without."""
+    says = search_of("paged_kv_compress").prefetch
+    even = 1.2 ** (says["state"] / says["none"])  # the loss that balances a gain of 1.2
     plain, early = variant(), variant(head_slice=64)
 
     def chosen(gain: float, loss: float, **fields) -> Variant:
@@ -219,10 +221,10 @@ def test_the_prefetches_count_the_same():
         }
         return search.choose(one, times, "any")[0].variant
 
-    assert chosen(gain=1.2, loss=1.25) == plain
-    assert chosen(gain=1.25, loss=1.2) == early
-    assert chosen(gain=1.2, loss=1.25, prefetch=("state",)) == early
-    assert chosen(gain=1.25, loss=1.2, prefetch=("none",)) == plain
+    assert chosen(gain=1.2, loss=1.02 * even) == plain
+    assert chosen(gain=1.2, loss=even / 1.02) == early
+    assert chosen(gain=1.2, loss=1.02 * even, prefetch=("state",)) == early
+    assert chosen(gain=1.2, loss=even / 1.02, prefetch=("none",)) == plain
 
 
 def test_no_variant_timed_everywhere_is_an_error():
