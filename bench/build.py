@@ -1,7 +1,7 @@
 """Compiles a table's CUDA variants ahead of time, in parallel and without a GPU."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvfold.codegen import Table, Variant
@@ -18,11 +18,11 @@ def variants_for(table: Table, arch: str) -> list[Variant]:
     return list(dict.fromkeys(bucket.variant for bucket in buckets))
 
 
-def compile_all(jobs: Iterable[Job]) -> Iterator[tuple[Compiled, bool]]:
+def compile_all(jobs: Iterable[Job]) -> Generator[tuple[Compiled, bool], None, None]:
     """The machine code of every job, in order, and whether it was compiled now.
 
     What the cache does not hold is compiled in threads, on all cores, and put into the cache. An
-    error or the end of the iteration cancels the compilations that have not begun.
+    error, or closing the generator, cancels the compilations that have not begun.
 
     Raises:
         CompileError: one does not compile.

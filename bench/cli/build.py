@@ -1,5 +1,6 @@
 """kvfold build: compiles a table's CUDA variants."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,9 @@ def build(
     jobs = [(variant, name) for name in archs for variant in building.variants_for(table, name)]
     view = output.grid(["variant", "arch"], ["registers", "spilled\nbytes", "shared\nbytes"], 0)
     compiled = spilling = 0
-    with output.progress() as bar:
-        done = bar.track(building.compile_all(jobs), total=len(jobs), description="compiling")
+    # Closed here, so that an interruption cancels what has not begun wherever it strikes.
+    with output.progress() as bar, closing(building.compile_all(jobs)) as compilations:
+        done = bar.track(compilations, total=len(jobs), description="compiling")
         for (variant, name), (code, fresh) in zip(jobs, done, strict=True):
             compiled += fresh
             spilling += code.spill_bytes > 0
