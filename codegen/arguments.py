@@ -100,12 +100,28 @@ class TensorArgument:
 
 @dataclass(frozen=True)
 class ScalarArgument:
-    """A declared scalar: name, Python type, default (None: required) and what it means."""
+    """A declared scalar.
+
+    Attributes:
+        name: of the argument.
+        type: its Python type.
+        default: None if it is required.
+        choices: the accepted words of a str; empty for other types. The CUDA parameter struct
+            holds a word's index.
+        keyword: whether it is passed by name only.
+        help: what it means, in one phrase.
+    """
 
     name: str
     type: type
     default: Any
+    choices: tuple[str, ...]
+    keyword: bool
     help: str
+
+    def as_int(self, value: Any) -> Any:
+        """The value as the CUDA parameter struct holds it."""
+        return self.choices.index(value) if self.choices else value
 
 
 Argument = TensorArgument | ScalarArgument
@@ -139,9 +155,22 @@ def tensor(
     return dataclasses.field(metadata={_KEY: (TensorArgument, declaration)})
 
 
-def scalar(type: type, *, help: str, default: Any = None) -> Any:
-    """A scalar argument: an int, a bool, a float or a str."""
-    declaration = {"type": type, "default": default, "help": help}
+def scalar(
+    type: type,
+    *,
+    help: str,
+    default: Any = None,
+    choices: Sequence[str] = (),
+    keyword: bool = False,
+) -> Any:
+    """A scalar argument: an int, a bool, a float or a str; see ScalarArgument."""
+    declaration = {
+        "type": type,
+        "default": default,
+        "choices": tuple(choices),
+        "keyword": keyword,
+        "help": help,
+    }
     metadata = {_KEY: (ScalarArgument, declaration)}
     if default is None:
         return dataclasses.field(metadata=metadata)
@@ -179,8 +208,14 @@ class Arguments:
         return tuple(one for one in cls.declared() if isinstance(one, ScalarArgument))
 
     def args(self) -> tuple[Any, ...]:
-        """The values in the op's order: `op(*arguments.args())` calls it."""
+        """The values in the op's order."""
         return tuple(getattr(self, one.name) for one in self.declared())
+
+    def args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The values as a call takes them: `op(*args, **kwargs)`."""
+        by_name = [one.name for one in self.declared_scalars() if one.keyword]
+        args = self.args()
+        return args[: len(args) - len(by_name)], {name: getattr(self, name) for name in by_name}
 
 
 def schema(op: str, arguments: type[Arguments]) -> str:
@@ -193,6 +228,8 @@ def schema(op: str, arguments: type[Arguments]) -> str:
                 f"Tensor({next(aliases)}!) {one.name}" if one.mutated else f"Tensor {one.name}"
             )
         else:
+            if one.keyword and "*" not in parts:
+                parts.append("*")
             default = "" if one.default is None else f"={_literal(one.default)}"
             parts.append(f"{_SCALAR_TYPES[one.type]} {one.name}{default}")
     return f"{op}({', '.join(parts)}) -> ()"

@@ -33,21 +33,26 @@ def field_rows(spec: OpSpec) -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def argument_rows(spec: OpSpec) -> Iterator[tuple[str, str, str, str]]:
-    """(name, shape, dtype, meaning) of every argument of the torch op."""
+    """(name, shape, dtype or accepted words, meaning) of every argument of the torch op."""
     for one in spec.arguments.declared():
         if isinstance(one, TensorArgument):
             mutated = ", mutated" if one.mutated else ""
             dtype = f"as `{one.like}`" if one.like else ", ".join(one.dtypes)
             yield f"`{one.name}`{mutated}", one.shape_text, dtype, one.help
         else:
-            default = "" if one.default is None else f" = {one.default}"
-            yield f"`{one.name}`{default}", "", one.type.__name__, one.help
+            default = "" if one.default is None else f" = {_literal(one.default)}"
+            values = ", ".join(map(_literal, one.choices)) or one.type.__name__
+            yield f"`{one.name}`{default}", "", values, one.help
 
 
 def markdown(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _literal(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _default(field: Field) -> str:

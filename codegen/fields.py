@@ -31,8 +31,8 @@ class Field:
         name: of the field, in the table, in Python and in CUDA.
         legal: the accepted values; all have one type.
         help: what the field means, in one phrase.
-        symbol: the field's part of a variant's symbol, with {} for the value. The part of a bool
-            stands for true. Empty: no part.
+        symbol: the field's part of a variant's symbol, with {} for the value. Empty: no part.
+        symbol_for: the value of a bool that the part stands for; the other value has no part.
         kind: 'int', 'bool', 'dtype' or 'choice'; the CUDA config struct declares it by kind.
         default: the value if it is left out, or a function of the fields before it; None: required.
     """
@@ -43,6 +43,7 @@ class Field:
     symbol: str
     kind: str
     default: Default | None
+    symbol_for: bool = True
 
     @property
     def required(self) -> bool:
@@ -54,8 +55,9 @@ class Field:
         check_value(self.name, value, self.legal)
 
     def symbol_part(self, value: Value) -> str | None:
-        """The field's part of a symbol; None for a bool that is false and for a fixed default."""
-        if not self.symbol or value is False or value == self.default:
+        """The field's part of a symbol; None for a bool's other value and for a fixed default."""
+        silent = value is not self.symbol_for if self.kind == "bool" else value == self.default
+        if not self.symbol or silent:
             return None
         return self.symbol.format(value)
 
@@ -67,9 +69,11 @@ def integer(
     return _declare("int", legal, help, symbol, default)
 
 
-def flag(*, help: str, symbol: str = "", default: Default | None = None) -> Any:
+def flag(
+    *, help: str, symbol: str = "", symbol_for: bool = True, default: Default | None = None
+) -> Any:
     """A bool field."""
-    return _declare("bool", (False, True), help, symbol, default)
+    return _declare("bool", (False, True), help, symbol, default, symbol_for)
 
 
 def dtype(*legal: str, help: str, symbol: str = "{}") -> Any:
@@ -82,8 +86,15 @@ def choice(*legal: str, help: str, symbol: str = "{}", default: Default | None =
     return _declare("choice", legal, help, symbol, default)
 
 
-def _declare(kind, legal, help, symbol, default) -> Any:
-    declaration = {"kind": kind, "legal": legal, "help": help, "symbol": symbol, "default": default}
+def _declare(kind, legal, help, symbol, default, symbol_for=True) -> Any:
+    declaration = {
+        "kind": kind,
+        "legal": legal,
+        "help": help,
+        "symbol": symbol,
+        "default": default,
+        "symbol_for": symbol_for,
+    }
     if default is None:
         return dataclasses.field(metadata={_KEY: declaration})
     initial = None if callable(default) else default  # None: __post_init__ asks the function

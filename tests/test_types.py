@@ -14,8 +14,10 @@ import kvfold, kvfold.codegen, kvfold.step
 from torch import Tensor
 
 def call(x: Tensor, table: kvfold.codegen.Table, pool: kvfold.step.StagingPool) -> str:
-    kvfold.paged_kv_compress(x, x, x, x, x, x, x, x, x, x, 128, 4, prefetch_state=True)
-    kvfold.check(x, x, x, x, x, x, x, x, x, x, 128, 4)
+    kvfold.paged_kv_compress(
+        x, x, x, x, x, x, x, x, x, x, 128, 4, prefetch="state", ape_in_state=False, work="reduce"
+    )
+    kvfold.check(x, x, x, x, x, x, x, x, x, x, 128, 4, ape_in_state=False, work="reduce")
     return table.select("paged_kv_compress", batch=1).symbol
 """
 WRONG = """
@@ -25,6 +27,8 @@ from torch import Tensor
 def call(x: Tensor, table: kvfold.codegen.Table):
     kvfold.paged_kv_compress(x, x, x, x, x, x, x, x, x, x, "128", 4)
     kvfold.paged_kv_compress(x, x)
+    kvfold.paged_kv_compress(x, x, x, x, x, x, x, x, x, x, 128, 4, prefetch=True)
+    kvfold.paged_kv_compress(x, x, x, x, x, x, x, x, x, x, 128, 4, "state")
     table.selekt
     kvfold.step.StepBach
 """
@@ -51,6 +55,8 @@ def test_pyright_finds_the_types_of_the_installed_package(tmp_path):
     assert found == [
         ("wrong.py", 6, "reportArgumentType"),
         ("wrong.py", 7, "reportCallIssue"),
-        ("wrong.py", 8, "reportAttributeAccessIssue"),
-        ("wrong.py", 9, "reportAttributeAccessIssue"),
+        ("wrong.py", 8, "reportArgumentType"),
+        ("wrong.py", 9, "reportCallIssue"),
+        ("wrong.py", 10, "reportAttributeAccessIssue"),
+        ("wrong.py", 11, "reportAttributeAccessIssue"),
     ]

@@ -198,11 +198,12 @@ def overridden(
 def _host_times(point: Point, arguments: Any, device: torch.device) -> dict[str, float]:
     """Host times of one call, by how it is made."""
     op = torch_op(point.problem.op)
-    args = arguments.args()
-    through_torch = partial(getattr(torch.ops.kvfold, point.problem.op), *args)
-    times = {"call": timing.host(partial(op, *args)), "torch_ops": timing.host(through_torch)}
+    args, kwargs = arguments.args_and_kwargs()
+    call = partial(op, *args, **kwargs)
+    through_torch = partial(getattr(torch.ops.kvfold, point.problem.op), *args, **kwargs)
+    times = {"call": timing.host(call), "torch_ops": timing.host(through_torch)}
     with repeat.disabled():
-        times["unrepeated"] = timing.host(partial(op, *args))
+        times["unrepeated"] = timing.host(call)
     triton = dispatch.table().find(point.problem, "triton", dispatch.arch_of(device), point.size)
     if triton is not None:
         with contextlib.suppress(ImportError):

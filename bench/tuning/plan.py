@@ -31,7 +31,7 @@ class Plan:
         backend: 'cuda' or 'triton'.
         sizes: on the size axis, ascending.
         mixture: scenario -> weight; the scenarios to time.
-        prefetch: how to call, names of the workload's prefetch, which the op's search weighs.
+        prefetch: how to call, names of the workload's prefetch that the op's search weighs.
 
     Raises:
         TableError: a name or a value that is not accepted.
@@ -157,8 +157,8 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def _prefetches(op: str, backend: str) -> Sequence[str]:
-    """The prefetches of a backend; Triton knows none."""
-    return tuple(workload(op).prefetch) if backend == "cuda" else ("none",)
+    """The prefetches that the search of a backend weighs; Triton knows none."""
+    return tuple(search_of(op).prefetch) if backend == "cuda" else ("none",)
 
 
 def _list(values: Iterable[Any]) -> str:

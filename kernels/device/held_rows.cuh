@@ -1,7 +1,8 @@
 // The rows of a window that a thread holds at once: KV and score of its columns.
 //
 // One quad is held in registers. More are held in shared memory: a copy to shared memory needs no
-// register while it is in flight, so a CTA has more bytes in flight.
+// register while it is in flight, so a CTA has more bytes in flight. So are the rows of a fused kernel,
+// which finds their places at run time.
 #pragma once
 #include "device/window_shape.cuh"
 
@@ -11,7 +12,7 @@ struct HeldRows {
   using Columns = typename StateRows<C>::Columns;
   enum Which { kv = 0, score = 1 };
 
-  static constexpr bool in_registers = Shape::held_quads == 1;
+  static constexpr bool in_registers = Shape::held_quads == 1 && !C::fused;
   static constexpr int shared_bytes =
       in_registers ? 0 : C::threads * Shape::held_rows * 2 * int(sizeof(Columns));
 
@@ -40,9 +41,11 @@ struct HeldRows {
     if constexpr (in_registers) {
       registers[row][which] = load<typename C::state_dtype, Shape::vector>(from, present);
     } else if (present) {
-      copy_async_16(shared_at + (row * 2 + which) * C::threads * int(sizeof(Columns)), from);
+      copy_async<16>(shared_at + (row * 2 + which) * C::threads * int(sizeof(Columns)), from);
     }
   }
+
+  __device__ __forceinline__ Columns kv_of(int row) { return at(row, kv); }
 
   __device__ __forceinline__ void set_absent(int row) {
     at(row, kv) = every_column<typename C::state_dtype, Shape::vector>(0.0f);

@@ -12,10 +12,10 @@ struct NewRows {
   // Whether the state holds a new row's KV with the bits that kv_score has.
   static constexpr bool same_dtype = is_same<kv_dtype, state_dtype>;
 
-  // One vector of a new row.
+  // One vector of a new row, and of the ape that the state's score includes.
+  using Ape = Vec<float, vector>;
   struct Columns {
     Vec<kv_dtype, vector> kv, score;
-    Vec<float, vector> ape;
   };
 
   // Addresses of one vector.
@@ -35,30 +35,52 @@ struct NewRows {
   }
 
   static __device__ __forceinline__ Columns load_columns(const Source& from, bool present) {
-    return {load<kv_dtype, vector>(from.kv, present), load<kv_dtype, vector>(from.score, present),
-            load<float, vector>(from.ape, present)};
+    return {load<kv_dtype, vector>(from.kv, present), load<kv_dtype, vector>(from.score, present)};
+  }
+
+  // Needed only if the state holds score + ape; otherwise zeros, which no one reads.
+  static __device__ __forceinline__ Ape load_ape(const Source& from, bool present) {
+    return load_shared_by_ctas<float, vector>(from.ape, present && C::ape_in_state);
   }
 
   // Rounds a vector to what the state holds.
-  static __device__ __forceinline__ void round(const Columns& columns, StateColumns& kv,
-                                               StateColumns& score) {
+  static __device__ __forceinline__ void round(const Columns& columns, const Ape& ape,
+                                               StateColumns& kv, StateColumns& score) {
+    kv = round_kv(columns.kv);
+    round_score(columns.score, ape, score);
+  }
+
+  static __device__ __forceinline__ StateColumns round_kv(const Vec<kv_dtype, vector>& new_kv) {
     if constexpr (same_dtype) {
-      kv = columns.kv;
+      return new_kv;
     } else {
       float exact[vector];
 #pragma unroll
-      for (int i = 0; i < vector; ++i) exact[i] = column(columns.kv, i);
+      for (int i = 0; i < vector; ++i) exact[i] = column(new_kv, i);
+      StateColumns kv;
       round_columns(exact, kv);
+      return kv;
     }
-    add_ape(columns.score, columns.ape, score);
   }
 
-  static __device__ __forceinline__ void add_ape(const Vec<kv_dtype, vector>& new_score,
-                                                 const Vec<float, vector>& ape,
-                                                 StateColumns& score) {
+  static __device__ __forceinline__ void round_score(const Vec<kv_dtype, vector>& new_score,
+                                                     const Ape& ape, StateColumns& score) {
     float exact[vector];
 #pragma unroll
-    for (int i = 0; i < vector; ++i) exact[i] = __fadd_rn(column(new_score, i), column(ape, i));
+    for (int i = 0; i < vector; ++i)
+      exact[i] = C::ape_in_state ? __fadd_rn(column(new_score, i), column(ape, i))
+                                 : column(new_score, i);
     round_columns(exact, score);
+  }
+
+  // For a state of raw scores: the score with ape.
+  static __device__ __forceinline__ Vec<float, vector> add_ape(const StateColumns& raw,
+                                                               const Ape& ape) {
+    float sum[vector];
+#pragma unroll
+    for (int i = 0; i < vector; ++i) sum[i] = __fadd_rn(column(raw, i), column(ape, i));
+    Vec<float, vector> score;
+    round_columns(sum, score);
+    return score;
   }
 };

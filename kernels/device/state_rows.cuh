@@ -30,15 +30,19 @@ struct StateRows {
   __device__ __forceinline__ StateRow find(const Request& request, int position,
                                            int logical) const {
     const bool in_table = logical < p.max_pages;
-    StateRow row;
-    row.page_kv = load_int(
+    const int page_kv = load_int(
         p.block_table_kv + request.index * p.block_table_kv_stride + logical, in_table, -1);
-    row.page_score = load_int(
+    const int page_score = load_int(
         p.block_table_score + request.index * p.block_table_score_stride + logical, in_table, -1);
-    row.slot = int(uint32(position) - uint32(logical) * uint32(p.page_size));
-    row.present = uint32(row.page_kv) < uint32(p.num_pages) &&
-                  uint32(row.page_score) < uint32(p.num_pages);
-    return row;
+    return on_pages(page_kv, page_score,
+                    int(uint32(position) - uint32(logical) * uint32(p.page_size)));
+  }
+
+  // The row in a slot of two physical pages.
+  __device__ __forceinline__ StateRow on_pages(int page_kv, int page_score, int slot) const {
+    const bool present =
+        uint32(page_kv) < uint32(p.num_pages) && uint32(page_score) < uint32(p.num_pages);
+    return {page_kv, page_score, slot, present};
   }
 
   // Looks up N consecutive positions from `first` on. Those from `count` on, and those before the

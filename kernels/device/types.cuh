@@ -10,6 +10,17 @@ struct bf16 {
   unsigned short bits;
 };
 
+template <bool condition, class A, class B>
+struct Choose {
+  using type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using type = B;
+};
+template <bool condition, class A, class B>
+using choose = typename Choose<condition, A, B>::type;
+
 template <class A, class B>
 constexpr bool is_same = false;
 template <class A>
@@ -17,6 +28,9 @@ constexpr bool is_same<A, A> = true;
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int clamp(int64 x, int low, int high) {
+  return x < low ? low : x > high ? high : int(x);
+}
 __device__ constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
 __device__ constexpr int power_of_two_at_least(int n) {
   int p = 1;

@@ -26,11 +26,11 @@ struct LeafFetch {
   const ThreadPart<C>& part;
   Held& held;
 
-  int row;         // of the window, the leaf's first row that this thread holds
-  int position;    // of that row in the sequence
-  int token;       // its number among the request's new tokens; negative for an old row
-  bool any_present = false;
-  uint32 new_rows = 0;  // bit i: row i comes from kv_score
+  int row;       // of the window, the leaf's first row that this thread holds
+  int position;  // of that row in the sequence
+  int token;     // its number among the request's new tokens; negative for an old row
+  uint32 present = 0;   // bit i: row i is present
+  uint32 new_rows = 0;  // bit i: row i is present and comes from kv_score
 
   __device__ __forceinline__ LeafFetch(const Params& params, const Request& r,
                                        const ThreadPart<C>& thread_part, Held& held_rows,
@@ -41,8 +41,8 @@ struct LeafFetch {
     token = position - request.start;
   }
 
-  // Issues the loads of all rows. Old rows have arrived after held.wait().
-  __device__ __forceinline__ void run() {
+  // Issues the loads of old rows. They have arrived after held.wait().
+  __device__ __forceinline__ void start_old() {
     const int logical = state.logical_page(position);
     const bool on_one_page = position >= 0 && row + Shape::held_rows <= Shape::rows &&
                              logical == state.logical_page(position + Shape::held_rows - 1);
@@ -50,6 +50,10 @@ struct LeafFetch {
     if (on_one_page) first = state.find(request, position, logical);
     if (on_one_page && first.present) load_page(first);
     else load_scattered();
+  }
+
+  // Loads new rows.
+  __device__ __forceinline__ void load_new() {
     if (!new_rows) return;
     wait_for_predecessor();
     if constexpr (!Held::in_registers) load_new_to_shared();
@@ -59,7 +63,8 @@ struct LeafFetch {
 
   // All rows are on one page, as nearly always: one lookup, then plain pointers.
   __device__ __forceinline__ void load_page(const StateRow& first) {
-    any_present = true;
+    if (p.prefetch < prefetch_state) wait_for_predecessor();
+    present = all_rows;
     const int old_rows = -token;
     const state_dtype* kv = state.kv_at(first, part.column);
     const state_dtype* score = state.score_at(first, part.column);
@@ -78,19 +83,30 @@ struct LeafFetch {
     for (int quad = 0; quad < Shape::held_rows; quad += quad_rows) {
       StateRow found[quad_rows];
       state.find_rows(request, position + quad, Shape::rows - row - quad, found);
+      if (p.prefetch < prefetch_state) wait_for_predecessor();
 #pragma unroll
       for (int i = 0; i < quad_rows; ++i) {
-        const bool present = found[i].present;
         const bool is_new = token + quad + i >= 0;
+        // A new row that is not to be stored needs no page.
+        const bool exists = found[i].present || (is_new && !needs_page(quad + i));
         const int column = Shape::state_column(row + quad + i, part.column);
         const int slot = Held::in_registers ? i : quad + i;  // registers need a constant index
-        held.start_load(slot, Held::kv, state.kv_at(found[i], column), present && !is_new);
-        held.start_load(slot, Held::score, state.score_at(found[i], column), present && !is_new);
-        any_present |= present;
-        if (present && is_new) new_rows |= 1u << (quad + i);
-        if (!present) held.set_absent(slot);
+        const bool is_old = found[i].present && !is_new;
+        held.start_load(slot, Held::kv, state.kv_at(found[i], column), is_old);
+        held.start_load(slot, Held::score, state.score_at(found[i], column), is_old);
+        if (exists) present |= 1u << (quad + i);
+        if (exists && is_new) new_rows |= 1u << (quad + i);
+        if (!exists) held.set_absent(slot);
       }
     }
+  }
+
+  // Whether new row i is one that is stored.
+  __device__ __forceinline__ bool needs_page(int i) const {
+    if (StoreRule<C>::every_row || row + i >= Shape::rows) return true;
+    const int window = int(uint32(position + i) / C::compress_ratio);
+    return position + i - window * C::compress_ratio <
+           StoreRule<C>(p, request).stored_rows(window);
   }
 
   __device__ __forceinline__ bool is_new(int i) const { return new_rows >> i & 1; }
@@ -113,25 +129,27 @@ struct LeafFetch {
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
         if (left >> (first + i) & 1)
-          New::round(columns[i], held.at(first + i, Held::kv), held.at(first + i, Held::score));
+          New::round(columns[i], New::load_ape(find_new(first + i), true),
+                     held.at(first + i, Held::kv), held.at(first + i, Held::score));
       left &= ~0u << first << at_once;
     }
   }
 
   // The dtypes are equal: rows are loaded into the registers that hold them, only ape takes others.
   __device__ __forceinline__ void load_new_in_place() {
-    Vec<float, Shape::vector> ape[Shape::held_rows];
 #pragma unroll
     for (int i = 0; i < Shape::held_rows; ++i) {
       const auto from = find_new(i);
       load_over(held.at(i, Held::kv), from.kv, is_new(i));
       load_over(held.at(i, Held::score), from.score, is_new(i));
-      ape[i] = load<float, Shape::vector>(from.ape, is_new(i));
     }
+    if constexpr (C::ape_in_state) {
 #pragma unroll
-    for (int i = 0; i < Shape::held_rows; ++i)
-      if (is_new(i))
-        New::add_ape(held.at(i, Held::score), ape[i], held.at(i, Held::score));
+      for (int i = 0; i < Shape::held_rows; ++i)
+        if (is_new(i))
+          New::round_score(held.at(i, Held::score), New::load_ape(find_new(i), true),
+                           held.at(i, Held::score));
+    }
   }
 
   __device__ __forceinline__ void load_new_and_round() {
@@ -146,7 +164,26 @@ struct LeafFetch {
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
         if (is_new(first + i))
-          New::round(columns[i], held.at(first + i, Held::kv), held.at(first + i, Held::score));
+          New::round(columns[i], New::load_ape(find_new(first + i), true),
+                     held.at(first + i, Held::kv), held.at(first + i, Held::score));
+    }
+  }
+
+  // The scores of the held rows, with ape, once they have arrived.
+  using Scores = choose<C::ape_in_state, typename State::Columns, Vec<float, Shape::vector>>;
+  __device__ __forceinline__ void scores(Scores (&score)[Shape::held_rows]) {
+    if constexpr (C::ape_in_state) {
+#pragma unroll
+      for (int i = 0; i < Shape::held_rows; ++i) score[i] = held.at(i, Held::score);
+    } else {
+      wait_for_predecessor();
+#pragma unroll
+      for (int i = 0; i < Shape::held_rows; ++i)
+        score[i] = load_shared_by_ctas<float, Shape::vector>(find_new(i).ape, present >> i & 1);
+#pragma unroll
+      for (int i = 0; i < Shape::held_rows; ++i)
+        score[i] = present >> i & 1 ? New::add_ape(held.at(i, Held::score), score[i])
+                                    : every_column<float, Shape::vector>(minus_infinity());
     }
   }
 };

@@ -6,26 +6,24 @@
 template <class C>
 struct WindowReduce {
   using Shape = WindowShape<C>;
-  using Held = HeldRows<C>;
-  using Columns = typename Held::Columns;
   static constexpr int vector = Shape::vector;
   using Result = Partial[vector];  // of a thread's columns
 
   // Reduces the leaf that the thread and the groups beside it hold. Every group gets the result.
-  static __device__ __forceinline__ void reduce_leaf(Held& held, bool any_present,
+  // Scores: vectors of columns, in the state's dtype or fp32. Rows: has kv_of(i), the KV of row i.
+  template <class Scores, class Rows>
+  static __device__ __forceinline__ void reduce_leaf(const Scores (&score)[Shape::held_rows],
+                                                     Rows& rows, bool any_present,
                                                      Result& result) {
-    Columns score[Shape::held_rows];
-#pragma unroll
-    for (int i = 0; i < Shape::held_rows; ++i) score[i] = held.at(i, Held::score);
     float max[vector];
     find_max(score, any_present, max);
 
     Partial quad[Shape::held_quads][vector];
 #pragma unroll
     for (int q = 0; q < Shape::held_quads; ++q) {
-      Columns kv[quad_rows];
+      typename StateRows<C>::Columns kv[quad_rows];
 #pragma unroll
-      for (int i = 0; i < quad_rows; ++i) kv[i] = held.at(q * quad_rows + i, Held::kv);
+      for (int i = 0; i < quad_rows; ++i) kv[i] = rows.kv_of(q * quad_rows + i);
 #pragma unroll
       for (int v = 0; v < vector; ++v) {
         float column_score[quad_rows], column_kv[quad_rows];
@@ -51,18 +49,19 @@ struct WindowReduce {
   }
 
   // The leaf's maximum, and whether any row of it is present, over all groups that share it.
-  static __device__ __forceinline__ void find_max(const Columns (&score)[Shape::held_rows],
+  template <class Scores>
+  static __device__ __forceinline__ void find_max(const Scores (&score)[Shape::held_rows],
                                                   bool& any_present, float (&max)[vector]) {
-    Columns largest = score[0];
+    Scores largest = score[0];
 #pragma unroll
     for (int i = 1; i < Shape::held_rows; ++i) largest = max_columns(largest, score[i]);
 #pragma unroll
     for (int distance = Shape::lanes; distance < Shape::lanes * Shape::leaf_groups;
          distance *= 2) {
       any_present |= bool(__shfl_xor_sync(all_lanes, int(any_present), distance));
-      Columns other;
+      Scores other;
 #pragma unroll
-      for (int i = 0; i < Columns::words; ++i)
+      for (int i = 0; i < Scores::words; ++i)
         other.word[i] = __shfl_xor_sync(all_lanes, largest.word[i], distance);
       largest = max_columns(largest, other);
     }

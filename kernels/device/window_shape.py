@@ -41,19 +41,37 @@ class WindowShape:
         return 32 * self.reduce_warps * max(1, self.lanes // 32)
 
     @property
+    def quads(self) -> int:
+        """Quads of a window, a power of two."""
+        rows = self.compress_ratio * (2 if self.overlap else 1)
+        return 1 << (-(-rows // QUAD_ROWS) - 1).bit_length()
+
+    @property
+    def group_quads(self) -> int:
+        """Quads that fall to one thread."""
+        warp_quads = max(min(self.quads, LEAF_QUADS), self.quads // self.reduce_warps)
+        return max(1, warp_quads // max(1, 32 // self.lanes))
+
+    @property
+    def group_leaves(self) -> int:
+        """Leaves that a thread reduces one after the other."""
+        return max(1, self.group_quads // min(self.quads, LEAF_QUADS))
+
+    @property
     def held_quads(self) -> int:
         """Quads that a thread holds at once."""
-        rows = self.compress_ratio * (2 if self.overlap else 1)
-        quads = 1 << (-(-rows // QUAD_ROWS) - 1).bit_length()
-        warp_quads = max(min(quads, LEAF_QUADS), quads // self.reduce_warps)
-        group_quads = max(1, warp_quads // max(1, 32 // self.lanes))
-        return min(group_quads, quads, LEAF_QUADS)
+        return min(self.group_quads, self.quads, LEAF_QUADS)
+
+    @property
+    def rows_bytes(self) -> int:
+        """Bytes of the rows that the threads of a CTA hold at once."""
+        return self.threads * self.held_quads * QUAD_ROWS * 2 * 16
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA. Rows held in registers leave only the warps' partials there."""
         if self.held_quads > 1:
-            return self.threads * self.held_quads * QUAD_ROWS * 2 * 16
+            return self.rows_bytes
         return 3 * 4 * self.reduce_warps * self.head_slice if self.reduce_warps > 1 else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def check_tensors(spec: OpSpec, arguments: Arguments) -> None:
         value = getattr(arguments, one.name)
         if not isinstance(value, _SCALARS[one.type]):
             refuse(spec.name, one.name, repr(value), f"a value of type {one.type.__name__}")
+        if one.choices and value not in one.choices:
+            refuse(spec.name, one.name, repr(value), ", ".join(map(repr, one.choices)))
 
 
 def dimensions_of(spec: OpSpec, arguments: Arguments) -> dict[str, int]:
@@ -234,3 +237,13 @@ def _range(x: Tensor) -> tuple[int, int]:
     """The first byte of a tensor, and the one past its last."""
     last = sum(stride * (n - 1) for stride, n in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+@functools.cache
+def divider(divisor: int) -> tuple[int, int]:
+    """(m, s) such that x // divisor == x * m >> s for every 0 <= x < 2**31; m < 2**32.
+
+    Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift

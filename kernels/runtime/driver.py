@@ -88,7 +88,8 @@ class PackedLaunch:
         dimensions = dimensions_of(spec, arguments)
         plan: GridPlan = kernel.module.plan(variant, kernel.sms, arguments, dimensions)
         scalars = {
-            one.name: getattr(arguments, one.name) for one in spec.arguments.declared_scalars()
+            one.name: one.as_int(getattr(arguments, one.name))
+            for one in spec.arguments.declared_scalars()
         }
         tensors = [getattr(arguments, one.name) for one in spec.arguments.declared_tensors()]
         strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]

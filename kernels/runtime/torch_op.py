@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,12 @@ class TorchOp:
         tensors = [isinstance(one, TensorArgument) for one in declared]
         self._tensors = sum(tensors)
         assert tensors == sorted(tensors, reverse=True), "tensors come before scalars"
-        self._scalars = len(declared) - self._tensors
-        self._defaults = tuple(one.default for one in spec.arguments.declared_scalars())
+        scalars = spec.arguments.declared_scalars()
+        self._names = [one.name for one in scalars]
+        self._defaults = [one.default for one in scalars]
+        self._positional = sum(not one.keyword for one in scalars)
         self._keyed = _covering(spec)
+        self._bools = [i for i, one in enumerate(scalars) if one.type is bool]
         self._floats = [
             i for i, one in enumerate(spec.arguments.declared_tensors()) if one.is_float
         ]
@@ -71,7 +74,9 @@ class TorchOp:
                 if key is not None and self._launch_again(key, tensors):
                     return
             check_tensors(self.spec, self.spec.arguments(*tensors, *scalars))
-        self._torch_op(*tensors, *scalars)
+        names = self._names[self._positional :]
+        keywords = dict(zip(names, scalars[self._positional :], strict=True))
+        self._torch_op(*tensors, *scalars[: self._positional], **keywords)
         if key is not None:
             self._remember_direct(key, tensors, scalars)
 
@@ -125,8 +130,12 @@ class TorchOp:
         """Tells most calls apart at little cost: by scalars and shapes, and by what is current.
 
         A guard depends on torch's dispatch state, so each entry, direct or through the dispatcher,
-        has keys of its own. None for arguments that are no tensors.
+        has keys of its own. None for arguments that are no tensors, and for a number where a bool
+        belongs: 1 == True, so it would find the call with True.
         """
+        for i in self._bools:
+            if scalars[i] is not True and scalars[i] is not False:
+                return None
         try:
             shapes = tuple([tensors[i].shape for i in self._keyed])
             on_gpu = tensors[0].is_cuda
@@ -179,18 +188,21 @@ class TorchOp:
             return tensors
         return tuple([tensor for j, tensor in enumerate(tensors) if j not in again])
 
-    def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, tuple]:
+    def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, tuple]:
         """Tensors and scalars of a call, defaults filled in. Raises TypeError like a function."""
-        if kwargs or len(args) < self._tensors or len(args) > self._tensors + self._scalars:
+        given, count = args[self._tensors :], self._tensors
+        if len(args) < count or len(given) > len(self._names):
             args = self.spec.arguments(*args, **kwargs).args()
-        scalars = args[self._tensors :]
-        missing = self._scalars - len(scalars)
-        if missing:
-            defaults = self._defaults[-missing:]
-            if None in defaults:
-                self.spec.arguments(*args)  # raises the TypeError of a missing argument
-            scalars += defaults
-        return args[: self._tensors], scalars
+            return args[:count], args[count:]
+        scalars, used = [*given, *self._defaults[len(given) :]], 0
+        for index in range(len(given), len(scalars)):
+            name = self._names[index]
+            if name in kwargs:
+                scalars[index] = kwargs[name]
+                used += 1
+        if used != len(kwargs) or None in scalars:
+            self.spec.arguments(*args, **kwargs)  # raises the TypeError of such a call
+        return args[:count], tuple(scalars)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:

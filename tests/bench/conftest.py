@@ -24,20 +24,24 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+SHARES = {"none": 1.0, "metadata": 0.75, "state": 0.5}
+
+
 @dataclass
 class FakeGpu:
     """A GPU whose kernels are the reference on the CPU, and whose times are made up.
 
     Attributes:
-        calls: what was launched since the last replay: the kernel's name or variant, and whether it
-            prefetched.
+        calls: what was launched since the last replay: the kernel's name or variant, and its
+            prefetch.
         replays: the calls of every replay.
-        us: the time of a call by the kernel's name, 10 by default; calls that prefetch take half.
+        us: the time of a call by the kernel's name, 10 by default. Calls that prefetch take a share
+            of it: see SHARES.
         wrong: names of kernels that write nothing.
     """
 
-    calls: list[tuple[str, bool]] = field(default_factory=list)
-    replays: list[list[tuple[str, bool]]] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    replays: list[list[tuple[str, str]]] = field(default_factory=list)
     us: dict[str, float] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
 
@@ -45,7 +49,7 @@ class FakeGpu:
         """A function that launches the kernel of this name."""
 
         def launch(arguments) -> None:
-            self.calls.append((name, arguments.prefetch_state))
+            self.calls.append((name, arguments.prefetch))
             if name not in self.wrong:
                 reference.run(arguments)
 
@@ -56,8 +60,8 @@ class FakeGpu:
         for call in calls:
             call()
         self.replays.append(list(self.calls))
-        ((name, prefetches),) = set(self.calls)
-        us = self.us.get(name, 10.0) / (2 if prefetches else 1)
+        ((name, prefetch),) = set(self.calls)
+        us = self.us.get(name, 10.0) * SHARES[prefetch]
         return timing.Timing(us, 0.9 * us, 1.2 * us)
 
 
@@ -67,8 +71,8 @@ def fake_gpu(monkeypatch) -> FakeGpu:
     gpu = FakeGpu()
     torch_op(WORKLOAD.spec.name)  # registered, for torch.ops
 
-    def op(*args) -> None:
-        gpu.launcher("op")(WORKLOAD.spec.arguments(*args))
+    def op(*args, **kwargs) -> None:
+        gpu.launcher("op")(WORKLOAD.spec.arguments(*args, **kwargs))
 
     def cold_cases(make, metadata, device, most):
         return [make(seed) for seed in range(3)]

@@ -74,7 +74,7 @@ def test_a_case_on_the_gpu_is_right(layout, device):
     options = {"page_size": [16, 24], "layout": layout}
     plan = runner.plan(WORKLOAD, Measurement(sizes=(3, 70), options=options))
     found = list(runner.check(plan.points, device))
-    assert len(found) == len(plan.points) == 3 * 2 * 2
+    assert len(found) == len(plan.points) == len(WORKLOAD.scenarios) * 2 * 2
     assert max(one.largest_error for one in found) > 0
 
 
@@ -83,9 +83,9 @@ def test_a_short_run_of_the_command(tmp_path):
     words = ["bench", OP, "--baseline", "--batch", "2,64", "--json", file, "--plot", picture]
     kvfold_command(*words)
     done = records.load(KernelReport, file)
-    kinds = [("table", "none"), ("table", "state"), ("yardstick", "none")]
-    assert [(row.size, row.chosen_by, row.prefetch) for row in done.rows] == 3 * [
-        (size, *kind) for size in (2, 64) for kind in kinds
+    kinds = [*(("table", prefetch) for prefetch in WORKLOAD.prefetch), ("yardstick", "none")]
+    assert [(row.size, row.chosen_by, row.prefetch) for row in done.rows] == [
+        (size, *kind) for _ in WORKLOAD.scenarios for size in (2, 64) for kind in kinds
     ]
     assert {row.l2 for row in done.rows} == {"cold"}
     assert done.device == torch.cuda.get_device_name()
@@ -121,11 +121,12 @@ def test_the_tuner_times_candidates_and_writes_rows(tmp_path, monkeypatch, devic
     words = ["tune", OP, "head_dim=64", "next_n=1,2", "--batch", "1,32", "--mixture", "all-hit=1"]
     kvfold_command(*words, "--json", file, "--table", table)
     report = records.load(TuneReport, file)
-    assert report.arch == dispatch.arch_of(device) and report.plan.prefetch == ["none", "state"]
+    assert report.arch == dispatch.arch_of(device)
+    assert report.plan.prefetch == list(WORKLOAD.search.prefetch)
     (family,) = report.plan.families
     assert [problem.next_n for problem in family] == [1, 2]
     assert {row.problem["next_n"] for row in report.rows} == {2}
-    everywhere = 2 * 2  # prefetch and sizes
+    everywhere = len(report.plan.prefetch) * 2  # and sizes
     assert any(len(one.times) == everywhere for one in report.rows)
     for problem in family:
         for size in (1, 10_000):

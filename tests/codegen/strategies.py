@@ -16,9 +16,9 @@ FIRST_LINE = 3  # of the rows in text()
 BYTES = {"bf16": 2, "fp32": 4}
 SHARED_KIB = {"sm_80": 163, "sm_90a": 227, "sm_120": 99, "any": 99}
 PROBLEM_FIELDS = (
-    "head_dim", "compress_ratio", "overlap", "kv_dtype", "state_dtype", "next_n",
+    "head_dim", "compress_ratio", "overlap", "kv_dtype", "state_dtype", "next_n", "ape_in_state",
 )  # fmt: skip
-HAS_DEFAULT = ("overlap", "arch", "min_batch", "max_batch")
+HAS_DEFAULT = ("overlap", "ape_in_state", "arch", "min_batch", "max_batch")
 
 
 def text(rows: list) -> str:
@@ -40,13 +40,16 @@ def as_list(value) -> list:
 
 def places(row: dict) -> set[tuple]:
     """The (backend, arch, problem) that a row has a variant for; values of PROBLEM_FIELDS."""
-    names = ("backend", "arch", "head_dim", "compress_ratio", "kv_dtype", "state_dtype", "next_n")
-    given = [({"arch": "any"} | row)[name] for name in names]
+    names = (
+        "backend", "arch", "head_dim", "compress_ratio", "kv_dtype", "state_dtype", "next_n",
+        "ape_in_state",
+    )  # fmt: skip
+    given = [({"arch": "any", "ape_in_state": True} | row)[name] for name in names]
     found = set()
     for values in itertools.product(*map(as_list, given)):
-        backend, arch, head_dim, ratio, kv, state, next_n = values
+        backend, arch, head_dim, ratio, *others = values
         overlap = row.get("overlap", ratio == 4)
-        found.add((backend, arch, (head_dim, ratio, overlap, kv, state, next_n)))
+        found.add((backend, arch, (head_dim, ratio, overlap, *others)))
     return found
 
 
@@ -57,7 +60,7 @@ def batches(row: dict) -> tuple[int, float]:
 
 def runs(row: dict, warps: int, width: int) -> bool:
     """Whether this tuning can run at all of a row's places."""
-    for backend, arch, (head_dim, ratio, overlap, _, state, _) in places(row):
+    for backend, arch, (head_dim, ratio, overlap, _, state, *_) in places(row):
         vector = 16 // BYTES[state]
         lanes = width // vector
         if head_dim % width or width % vector:
@@ -112,6 +115,7 @@ def valid_rows(draw) -> list[dict]:
             "kv_dtype": draw(one_or_more("bf16", "fp32")),
             "state_dtype": draw(one_or_more("bf16", "fp32")),
             "next_n": draw(one_or_more(1, 2, 3, 4, 16)),
+            "ape_in_state": draw(one_or_more(True, False)),
         }
         widths = (4, 8, 16, 24, 32, 48, 64, 128, 160, 256, 512)
         tunings = [
@@ -125,6 +129,8 @@ def valid_rows(draw) -> list[dict]:
                 del family["arch"]
             if family["overlap"] == (family["compress_ratio"] == 4):
                 del family["overlap"]
+            if family["ape_in_state"] is True:
+                del family["ape_in_state"]
         cuts = draw(st.lists(st.integers(1, 2000), max_size=3, unique=True).map(sorted))
         for below, upto in itertools.pairwise([0, *cuts, None]):
             row = family | draw(st.sampled_from(tunings))
@@ -156,6 +162,7 @@ ILLEGAL = {
     "kv_dtype": ["fp16", "float32", "BF16", "16", "true", "!own bf16", "[fp8, bf16]"],
     "state_dtype": ["fp16", "bfloat16", "!!binary bf16", "[16, fp32]"],
     "next_n": ["0", "17", "-1", '"1"', "true", "[17, 1]"],
+    "ape_in_state": ["1", "0", '"true"', "yes", "[true, 1]"],
     "backend": ["hip", "CUDA", "true", "[metal, cuda]"],
     "reduce_warps": ["0", "3", "64", "-1", '"4"', "true"],
     "head_slice": ["0", "-32", "3", "7", "5000", '"64"', "true"],

@@ -27,6 +27,10 @@ class Arguments(codegen.Arguments):
     flag: bool = scalar(bool, default=False, help="optional")
     eps: float = scalar(float, default=1e-6, help="optional")
     mode: str = scalar(str, default="once", help="optional")
+    when: str = scalar(
+        str, default="now", choices=("now", "later"), keyword=True, help="by name alone"
+    )
+    safe: bool = scalar(bool, default=True, keyword=True, help="by name alone")
 
 
 # ---- dimensions ----------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def test_other_text_is_no_dimension(text):
 
 def test_declared_arguments_are_in_order():
     assert [one.name for one in Arguments.declared()] == [
-        "x", "index", "pool", "codes", "count", "flag", "eps", "mode",
+        "x", "index", "pool", "codes", "count", "flag", "eps", "mode", "when", "safe",
     ]  # fmt: skip
     tensors, scalars = Arguments.declared_tensors(), Arguments.declared_scalars()
     assert Arguments.declared() == (*tensors, *scalars)
@@ -77,7 +81,15 @@ def test_declared_arguments_are_in_order():
         ("x_stride",), (), ("page_stride", "row_stride"), ("codes_stride",),
     ]  # fmt: skip
     assert [one.is_float for one in tensors] == [True, False, True, False]
-    assert [one.default for one in scalars] == [None, False, 1e-6, "once"]
+    assert [one.default for one in scalars] == [None, False, 1e-6, "once", "now", True]
+    assert [one.name for one in scalars if one.keyword] == ["when", "safe"]
+    assert [one.choices for one in scalars] == [(), (), (), (), ("now", "later"), ()]
+
+
+def test_the_parameter_struct_holds_the_place_of_a_word():
+    *_, flag, eps, mode, when, safe = Arguments.declared_scalars()
+    assert [when.as_int(word) for word in ("now", "later")] == [0, 1]
+    assert [one.as_int(7) for one in (flag, eps, mode, safe)] == [7] * 4
 
 
 def test_strides_of_a_tensor_of_three_dimensions_must_be_named():
@@ -89,9 +101,11 @@ def test_strides_of_a_tensor_of_three_dimensions_must_be_named():
         Unnamed.declared()
 
 
-def test_args_are_the_values_in_the_ops_order():
+def test_args_are_the_values_in_the_ops_order_and_a_call_takes_some_by_name():
     arguments = Arguments("x", "index", "pool", codes="codes", count=3, mode="twice")
-    assert arguments.args() == ("x", "index", "pool", "codes", 3, False, 1e-6, "twice")
+    positional = "x", "index", "pool", "codes", 3, False, 1e-6, "twice"
+    assert arguments.args() == (*positional, "now", True)
+    assert arguments.args_and_kwargs() == (positional, {"when": "now", "safe": True})
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'count'"):
         Arguments("x", "index", "pool", "codes")
 
@@ -99,7 +113,8 @@ def test_args_are_the_values_in_the_ops_order():
 def test_schema_declares_what_is_written_and_what_may_be_left_out():
     assert schema("toy", Arguments) == (
         "toy(Tensor x, Tensor index, Tensor(a!) pool, Tensor(b!) codes, int count,"
-        ' bool flag=False, float eps=1e-06, str mode="once") -> ()'
+        ' bool flag=False, float eps=1e-06, str mode="once", *, str when="now",'
+        " bool safe=True) -> ()"
     )
 
 
@@ -109,7 +124,9 @@ def test_torch_reads_the_schema_as_it_is_meant():
     written = [one.name for one in parsed.arguments if one.alias_info and one.alias_info.is_write]
     assert written == ["pool", "codes"]
     assert [one.name for one in parsed.arguments] == [one.name for one in Arguments.declared()]
-    assert [one.default_value for one in parsed.arguments][-3:] == [False, 1e-6, "once"]
+    defaults = [one.default_value for one in parsed.arguments]
+    assert defaults[-5:] == [False, 1e-6, "once", "now", True]
+    assert [one.name for one in parsed.arguments if one.kwarg_only] == ["when", "safe"]
 
 
 # ---- the parameter struct ------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def test_every_argument_is_explained():
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["`kv_score`"][:2] == ("[num_tokens, 2*state_dim]", "bf16, fp32")
     assert by_name["`paged_score`, mutated"][1] == "as `paged_kv`"
-    assert by_name["`prefetch_state` = False"][:2] == ("", "bool")
+    assert by_name["`ape_in_state` = True"][:2] == ("", "bool")
+    assert by_name['`work` = "all"'][:2] == ("", '"all", "store", "reduce"')
     assert all(meaning for *_, meaning in rows)
 
 

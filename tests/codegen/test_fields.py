@@ -20,6 +20,7 @@ class Shape(FieldSet):
     layout: str = choice("split", "packed", default="split", help="of the pools")
     warps: int = integer((1, 2, 4), symbol="w{}", default=1, help="warps per row")
     note: int = integer(range(10), default=0, help="in no symbol")
+    dense: bool = flag(symbol="sparse", symbol_for=False, default=True, help="told when false")
 
 
 def refused(call, *args, **kwargs) -> TableError:
@@ -30,10 +31,10 @@ def refused(call, *args, **kwargs) -> TableError:
 
 def test_fields_are_declared_in_order():
     assert [field.name for field in Shape.fields()] == [
-        "columns", "wide", "kind", "layout", "warps", "note",
+        "columns", "wide", "kind", "layout", "warps", "note", "dense",
     ]  # fmt: skip
     assert [field.kind for field in Shape.fields()] == [
-        "int", "bool", "dtype", "choice", "int", "int",
+        "int", "bool", "dtype", "choice", "int", "int", "bool",
     ]  # fmt: skip
     assert [field.name for field in Shape.fields() if field.required] == ["columns", "kind"]
     assert Shape.field("columns").help == "columns of a row"
@@ -62,6 +63,7 @@ def test_values_holds_every_field_and_given_those_without_their_default():
     shape = Shape(columns=32, kind="bf16", warps=2)
     assert shape.values() == {
         "columns": 32, "wide": True, "kind": "bf16", "layout": "split", "warps": 2, "note": 0,
+        "dense": True,
     }  # fmt: skip
     assert shape.given() == {"columns": 32, "kind": "bf16", "warps": 2}
     narrow = replace(shape, wide=False, warps=1, layout="packed")
@@ -70,15 +72,18 @@ def test_values_holds_every_field_and_given_those_without_their_default():
         assert Shape.of(one.given()) == one
 
 
-def test_a_symbol_leaves_out_false_flags_fixed_defaults_and_fields_without_a_part():
+def test_a_symbol_leaves_out_silent_flags_fixed_defaults_and_fields_without_a_part():
     assert Shape(columns=8, kind="bf16").symbol_parts() == ["c8", "bf16"]
     full = Shape(columns=32, kind="fp32", layout="packed", warps=4, note=3)
     assert full.symbol_parts() == ["c32", "wide", "fp32", "packed", "w4"]
+    assert replace(full, dense=False).symbol_parts() == [*full.symbol_parts(), "sparse"]
 
 
 def test_an_instance_in_words():
     shape = Shape(columns=32, kind="bf16")
-    assert str(shape) == "columns 32, wide true, kind bf16, layout split, warps 1, note 0"
+    assert str(shape) == (
+        "columns 32, wide true, kind bf16, layout split, warps 1, note 0, dense true"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_of_names_missing_and_unknown_fields():
     error = refused(Shape.of, {"columns": 8, "kind": "bf16", "warp": 1}, "tuning field")
     assert str(error) == (
         "warp is no tuning field, did you mean warps?; legal: columns, wide, kind, layout, warps,"
-        " note"
+        " note, dense"
     )
 
 

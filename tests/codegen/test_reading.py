@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import FIRST_LINE, OP, property_test, text, written
 from table_files import PROBLEM, ROW, load, refused
 
-from kvfold.codegen import TableError, op_specs, reading
+from kvfold.codegen import TableError, op_spec, op_specs, reading
 
 LOADERS = [name for name in ("CSafeLoader", "SafeLoader") if hasattr(yaml, name)]
 VERSION = "version: 1\n"
@@ -204,7 +204,7 @@ def test_tuned_rows_are_rows_of_the_table(file):
     ]
     for batch, warps in ((8, 8), (9, 4)):
         chosen = table.select(OP, batch=batch, arch="sm_90", next_n=4, **PROBLEM)
-        assert chosen.tuning.values() == {"reduce_warps": warps, "head_slice": 32, "min_ctas": 1}
+        assert chosen.tuning == op_spec(OP).tuning(reduce_warps=warps, head_slice=32)
     assert table.select(OP, batch=8, next_n=4, **PROBLEM).tuning.head_slice == 64
     assert [one.origin for one in table.contents.tuned] == ["first run", "second: run"]
     assert [len(one.rows) for one in table.contents.tuned] == [2, 1]

@@ -55,8 +55,12 @@ def test_instantiation_says_what_the_variant_is(file, rows):
             "compress_ratio": problem.compress_ratio,
             "overlap": problem.overlap,
             "next_n": problem.next_n,
+            "ape_in_state": problem.ape_in_state,
             "reduce_warps": tuning.reduce_warps,
             "head_slice": tuning.head_slice,
+            "fused": tuning.fused,
+            "requests_per_cta": tuning.requests_per_cta,
+            "store_bytes": tuning.store_bytes,
             "min_ctas": tuning.min_ctas,
             "threads": launch.threads,
             "shared_bytes": launch.shared_bytes,
@@ -65,7 +69,8 @@ def test_instantiation_says_what_the_variant_is(file, rows):
         assert {name: value for _, name, value in numbers} == {
             name: str(value).lower() for name, value in expected.items()
         }
-        assert [name for kind, name, _ in numbers if kind == "bool"] == ["overlap"]
+        bools = [name for kind, name, _ in numbers if kind == "bool"]
+        assert bools == ["overlap", "ape_in_state", "fused"]
         assert dict(types) == {
             "kv_dtype": C_TYPES[problem.kv_dtype],
             "state_dtype": C_TYPES[problem.state_dtype],

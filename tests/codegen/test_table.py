@@ -57,7 +57,7 @@ def test_every_problem_and_batch_finds_the_one_row_that_covers_it(file, rows, da
             variant = table.select(OP, batch=batch, backend=backend, arch=arch, **fields)
             assert (variant.problem, variant.backend) == (group.problem, backend)
             given = {name: row[name] for name in ("reduce_warps", "head_slice")}
-            assert variant.tuning.values() == {**given, "min_ctas": 1}
+            assert variant.tuning == SPEC.tuning(**given)
 
 
 @property_test
@@ -173,10 +173,11 @@ def test_shipped_table_covers_what_it_promises():
     table = load_table()
     choices = {
         "head_dim": (128, 512),
-        "compress_ratio": (4, 128),
+        "compress_ratio": (2, 4, 128),
         "kv_dtype": ("bf16", "fp32"),
         "state_dtype": ("bf16", "fp32"),
-        "next_n": (1, 2, 3, 4),
+        "next_n": range(1, 9),
+        "ape_in_state": (True, False),
     }
     for backend in ("cuda", "triton"):
         for values in itertools.product(*choices.values()):
@@ -188,10 +189,14 @@ def test_shipped_table_covers_what_it_promises():
                 assert fields.items() <= variant.problem.values().items()
 
 
-def test_every_batch_size_of_the_shipped_table_is_served_by_one_row():
+def test_every_size_of_the_shipped_table_is_served_by_one_row():
     table = load_table()
-    some = {b.variant.problem for b in table.buckets if b.variant.problem.next_n == 4}
-    for found, backend in itertools.product(some, ("cuda", "triton")):
+    some = {
+        (b.variant.problem, b.variant.backend)
+        for b in table.buckets
+        if getattr(b.variant.problem, "next_n", 4) == 4
+    }
+    for found, backend in some:
         for arch in ("sm_90", "sm_120"):  # one that has rows of its own, one that has none
             of_problem = [
                 b for b in table.buckets
@@ -291,8 +296,8 @@ def test_the_order_of_rows_changes_no_error(file, fault, data):
             [ROW | {"min_batch": 48}, ROW | {"max_batch": 48}],
             1,
             "min_batch = 48 overlaps paged_kv_compress row 2 (line 4) (head_dim 512, compress_ratio"
-            " 128, overlap false, kv_dtype bf16, state_dtype fp32, next_n 4, cuda, arch any);"
-            " legal: 49 or more",
+            " 128, overlap false, kv_dtype bf16, state_dtype fp32, next_n 4, ape_in_state true,"
+            " cuda, arch any); legal: 49 or more",
         ),
         (
             [ROW | {"head_slice": [64, 32]}],
@@ -317,7 +322,7 @@ def test_the_order_of_rows_changes_no_error(file, fault, data):
             "legal: none in the last row, or a row with min_batch 49",
         ),
         ([ROW | {"min_batch": 3, "max_batch": 2}], 1, "is never reached; legal: 3 or more"),
-        ([ROW, ROW | {"arch": "sm_90", "max_batch": 4}], 2, "next_n 4, cuda, arch sm_90)"),
+        ([ROW, ROW | {"arch": "sm_90", "max_batch": 4}], 2, "ape_in_state true, cuda, arch sm_90)"),
     ],
 )
 def test_faults_in_rows_read_well(file, rows, row, words):
@@ -380,12 +385,13 @@ def test_select_names_what_is_wrong(file, request_, field, words):
     overlap=st.booleans(),
     dtypes=st.tuples(*[st.sampled_from(["bf16", "fp32"])] * 2),
     next_n=st.integers(1, 16),
+    ape=st.booleans(),
     backend=st.sampled_from(["cuda", "triton"]),
 )
-def test_missing_row_is_told_and_fits(file, head_dim, ratio, overlap, dtypes, next_n, backend):
+def test_missing_row_is_told_and_fits(file, head_dim, ratio, overlap, dtypes, next_n, ape, backend):
     kv, state = dtypes
     fields = {"head_dim": head_dim, "compress_ratio": ratio, "overlap": overlap, "kv_dtype": kv}
-    fields |= {"state_dtype": state, "next_n": next_n}
+    fields |= {"state_dtype": state, "next_n": next_n, "ape_in_state": ape}
     base = ROW | {"head_dim": 8 * 601, "head_slice": 8}  # a problem that is never asked for
     table = load(file, [base])
     with pytest.raises(TableError) as caught:

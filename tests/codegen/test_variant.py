@@ -41,6 +41,10 @@ def refused(call, *args, **kwargs) -> TableError:
 
 def test_symbol():
     assert PRODUCTION.symbol == "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64"
+    raw = make(ape_in_state=False, requests_per_cta=4, store_bytes=256, min_ctas=2)
+    assert raw.symbol == f"{OP}_hd512_r128_bf16_fp32_n4_raw_score_w8_s64_g4_b256_c2"
+    small = make(compress_ratio=4, overlap=True, reduce_warps=1, head_slice=128, fused=True)
+    assert small.symbol == f"{OP}_hd512_r4_overlap_bf16_fp32_n4_w1_s128_fused"
     assert make(min_ctas=6).symbol == "paged_kv_compress_hd512_r128_bf16_fp32_n4_w8_s64_c6"
     assert make(compress_ratio=4, overlap=True, backend="triton").symbol == (
         "paged_kv_compress_hd512_r4_overlap_bf16_fp32_n4_w8_s64_triton"
@@ -55,6 +59,7 @@ def test_symbols_are_unique_c_identifiers():
         "kv_dtype": ("bf16", "fp32"),
         "state_dtype": ("bf16", "fp32"),
         "next_n": (1, 2, 11),
+        "ape_in_state": (True, False),
         "backend": ("cuda", "triton"),
         "reduce_warps": (1, 2, 16),
         "head_slice": (8, 32),
@@ -78,8 +83,16 @@ def test_problem_and_tuning():
         "kv_dtype": "bf16",
         "state_dtype": "fp32",
         "next_n": 4,
+        "ape_in_state": True,
     }
-    assert PRODUCTION.tuning.values() == {"reduce_warps": 8, "head_slice": 64, "min_ctas": 1}
+    assert PRODUCTION.tuning.values() == {
+        "reduce_warps": 8,
+        "head_slice": 64,
+        "fused": False,
+        "requests_per_cta": 1,
+        "store_bytes": 128,
+        "min_ctas": 1,
+    }
 
 
 def test_a_problem_has_keyword_arguments_only():
@@ -187,6 +200,21 @@ def test_items_that_a_storing_thread_has_at_once(changes, items):
             "reduce_warps",
             "makes a CTA of 2048 threads, more than 1024; legal: 1, 2, 4, 8, 16 (integer)",
         ),
+        (
+            {"fused": True, "reduce_warps": 1, "head_slice": 128},
+            "fused",
+            "needs cuda, and one thread that holds all rows of a window; legal: false",
+        ),
+        (
+            {"fused": True, "compress_ratio": 4, "overlap": True, "reduce_warps": 1},
+            "fused",  # two threads share the rows of a slice of 64 columns
+            "needs cuda, and one thread that holds all rows of a window; legal: false",
+        ),
+        (
+            {"requests_per_cta": 4, "backend": "triton"},
+            "requests_per_cta",
+            "is for cuda kernels that are not fused; legal: 1",
+        ),
     ],
 )
 def test_refuses_what_cannot_run(changes, field, words):
@@ -260,7 +288,7 @@ def test_bucket_names_its_group_and_row():
     assert own.group == Group(problem=PRODUCTION.problem, backend="cuda", arch="sm_90")
     assert str(own.group) == (
         "head_dim 512, compress_ratio 128, overlap false, kv_dtype bf16, state_dtype fp32,"
-        " next_n 4, cuda, arch sm_90"
+        " next_n 4, ape_in_state true, cuda, arch sm_90"
     )
     assert own.where == "paged_kv_compress row 3 (line 14)"
     assert bucket(row=2, line=9, section=f"tuned {OP}").where == f"tuned {OP} row 2 (line 9)"

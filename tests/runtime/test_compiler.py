@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kvfold.bench.build import variants_for
-from kvfold.codegen import Variant, load_table, render
+from kvfold.codegen import Variant, load_table, op_specs, render
 from kvfold.runtime import compiler
 
 needs_nvrtc = pytest.mark.skipif(
@@ -32,11 +32,17 @@ def headers(tmp_path, monkeypatch):
 def sample(arch: str) -> list[Variant]:
     """Variants that a GPU may run, of each kind the one with the most new tokens and columns.
 
-    Kinds differ in tuning, state_dtype and compress_ratio; for sm_90 in kv_dtype too.
+    Of two that differ in ape_in_state alone, it is the one that adds ape to every row. Kinds differ
+    in tuning, state_dtype and compress_ratio; for sm_90 in kv_dtype too.
     """
+
+    def work(variant: Variant) -> tuple:
+        problem = variant.problem
+        next_n = getattr(problem, "next_n", 0)
+        return next_n, problem.head_dim, not problem.ape_in_state, variant.symbol
+
     found = {}
-    variants = variants_for(load_table(), arch)
-    for variant in sorted(variants, key=lambda v: (v.problem.next_n, v.problem.head_dim, v.symbol)):
+    for variant in sorted(variants_for(load_table(), arch), key=work):
         problem = variant.problem
         kv_dtype = problem.kv_dtype if arch == ARCH else None
         kind = variant.tuning, problem.state_dtype, problem.compress_ratio, kv_dtype
@@ -49,10 +55,11 @@ SAMPLES = [(arch, v) for arch in ("sm_80", "sm_90", "sm_100", "sm_120") for v in
 
 def test_the_sample_has_every_tuning_and_dtype_of_the_table():
     problems = {variant.problem for arch, variant in SAMPLES if arch == ARCH}
-    assert {(p.kv_dtype, p.state_dtype, p.compress_ratio) for p in problems} == {
-        (kv, state, ratio) for kv in ("bf16", "fp32") for state in ("bf16", "fp32")
-        for ratio in (4, 128)
+    assert {(p.op, p.kv_dtype, p.state_dtype, p.compress_ratio) for p in problems} == {
+        (op, kv, state, ratio) for op in op_specs() for kv in ("bf16", "fp32")
+        for state in ("bf16", "fp32") for ratio in (2, 4, 128)
     }  # fmt: skip
+    assert {p.ape_in_state for p in problems} == {False, True}
     for arch in dict(SAMPLES):
         tunings = {variant.tuning for variant in variants_for(load_table(), arch)}
         assert {variant.tuning for name, variant in SAMPLES if name == arch} == tunings

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.codegen import TableError, Variant, load_table
+from kvfold.codegen import TableError, Variant, load_table, op_spec
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
 from kvfold.runtime import compiler, dispatch
@@ -55,21 +55,28 @@ def arguments(**changes):
     return WORKLOAD.make(problem, 1, "all-hit", WORKLOAD.options(), CPU).arguments
 
 
+def compress(call) -> None:
+    args, kwargs = call.args_and_kwargs()
+    kvfold.paged_kv_compress(*args, **kwargs)
+
+
 # ---- the table's choice --------------------------------------------------------------------------
 
 
-def test_every_problem_and_batch_dispatches_to_the_tables_choice(on_gpu, monkeypatch):
+def test_every_problem_and_size_dispatches_to_the_tables_choice(on_gpu, monkeypatch):
     table = load_table()
-    problems = {bucket.variant.problem for bucket in table.buckets}
+    problems = {(b.variant.problem, b.variant.backend) for b in table.buckets}
     for backend in ("cuda", "triton"):
         monkeypatch.setenv("KVFOLD_BACKEND", backend)
         dispatch.reload()
-        for problem in problems:
-            for batch in (1, 16, 48, 49, 512, 100_000):
-                chosen = dispatch.select(problem, batch, on_gpu)
+        for problem in (one for one, served_by in problems if served_by == backend):
+            axis = op_spec(problem.op).axis
+            for number in (1, 16, 48, 49, 512, 100_000):
+                size = {axis: number}
+                chosen = dispatch.select(problem, number, on_gpu)
                 assert chosen.problem == problem
                 assert chosen == table.select(
-                    OP, batch=batch, backend=backend, arch="sm_90", **problem.values()
+                    problem.op, backend=backend, arch="sm_90", **size, **problem.values()
                 )
 
 
@@ -146,14 +153,14 @@ def test_a_gpu_without_nvrtc_and_triton_runs_the_reference_and_the_log_says_why(
 def test_an_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("KVFOLD_BACKEND", "cudnn")
     with pytest.raises(ValueError, match=r"'cudnn'; accepted: cuda, triton, reference"):
-        kvfold.paged_kv_compress(*arguments().args())
+        compress(arguments())
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("KVFOLD_BACKEND", "")
     assert dispatch.backend_for("cpu") == "reference"
     call = arguments()
-    kvfold.paged_kv_compress(*call.args())
+    compress(call)
     assert call.output.isfinite().all()
 
 
@@ -193,7 +200,7 @@ def test_triton_cannot_be_forced_where_it_is_not_installed(monkeypatch):
     monkeypatch.setenv("KVFOLD_BACKEND", "triton")
     without_triton(monkeypatch)
     with pytest.raises(ValueError) as caught:
-        kvfold.paged_kv_compress(*arguments().args())
+        compress(arguments())
     assert str(caught.value) == "KVFOLD_BACKEND is 'triton', but triton is not installed"
 
 
@@ -201,7 +208,7 @@ def test_triton_cannot_be_forced_on_cpu_tensors_without_its_interpreter(monkeypa
     monkeypatch.setenv("KVFOLD_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as caught:
-        kvfold.paged_kv_compress(*arguments().args())
+        compress(arguments())
     assert str(caught.value) == (
         "KVFOLD_BACKEND is 'triton', but the tensors are on 'cpu', where TRITON_INTERPRET=1 is"
         " needed"
@@ -211,10 +218,10 @@ def test_triton_cannot_be_forced_on_cpu_tensors_without_its_interpreter(monkeypa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton is compiled here, not interpreted")
 def test_triton_can_be_forced_on_cpu_tensors(monkeypatch):
     reference, triton = arguments(head_dim=128), arguments(head_dim=128)
-    kvfold.paged_kv_compress(*reference.args())
+    compress(reference)
     monkeypatch.setenv("KVFOLD_BACKEND", "triton")
     dispatch.reload()
-    kvfold.paged_kv_compress(*triton.args())
+    compress(triton)
     assert dispatch.launcher.cache_info().currsize == 1
     assert torch.equal(triton.paged_kv, reference.paged_kv)
     torch.testing.assert_close(triton.output, reference.output, equal_nan=True)

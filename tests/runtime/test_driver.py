@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -76,9 +77,10 @@ def buffer(monkeypatch):
     monkeypatch.setattr(internals, "raw_stream", lambda device: STREAM)
 
 
-def call(batch=3):
+def call(batch=3, **scalars):
     options = WORKLOAD.options(page_size=8, layout="packed")
-    return WORKLOAD.make(PROBLEM, batch, "all-hit", options, torch.device("cpu")).arguments
+    case = WORKLOAD.make(PROBLEM, batch, "all-hit", options, torch.device("cpu"))
+    return replace(case.arguments, **scalars)
 
 
 def pointers_of(arguments) -> list[int]:
@@ -107,10 +109,28 @@ def test_the_parameters_are_pointers_strides_dimensions_scalars_and_the_plans_va
         assert getattr(params, one.name) == tensor.data_ptr()
         assert [getattr(params, name) for name in one.strides] == list(tensor.stride()[:-1])
     assert params.paged_kv_slot_stride == 2 * 128  # KV and score side by side
-    expected = dimensions | {"prefetch_state": False} | dict(plan.values)
+    expected = dimensions | {"prefetch": 0} | dict(plan.values)
     for _, name in SPEC.param_struct.integers:
         assert getattr(params, name) == expected[name]
     assert (params.batch, params.page_size) == (3, 8)
+
+
+@pytest.mark.parametrize(("prefetch", "number"), [("none", 0), ("metadata", 1), ("state", 2)])
+def test_a_word_is_its_place_among_the_choices(prefetch, number):
+    kernel, arguments = FakeKernel(), call(prefetch=prefetch)
+    driver.PackedLaunch(kernel, arguments)(pointers_of(arguments))
+    assert kernel.launches[0][1].prefetch == number
+
+
+@pytest.mark.parametrize("work", ["all", "store", "reduce"])
+def test_the_parameters_say_which_steps_the_grid_does(work):
+    kernel, arguments = FakeKernel(), call(work=work)
+    driver.PackedLaunch(kernel, arguments)(pointers_of(arguments))
+    ((config, params),) = kernel.launches
+    assert (params.stores, params.reduces) == (work != "reduce", work != "store")
+    reducing = 3 * 2 * params.reduces  # slices of three requests
+    assert params.reducing == reducing
+    assert (config.grid_x > reducing) == params.stores
 
 
 def test_a_launch_that_is_packed_once_serves_other_tensors_of_the_same_layout():

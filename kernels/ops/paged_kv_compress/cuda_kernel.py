@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 from kvfold.codegen import Variant
 from kvfold.device.window_shape import vector
 from kvfold.ops.paged_kv_compress.spec import Arguments
+from kvfold.runtime.arguments import divider
 from kvfold.runtime.driver import GridPlan
 
 MAX_ITEMS_BY_TOKEN = 1 << 14  # storing threads: more of them do not make the store faster
@@ -19,13 +19,15 @@ def plan(
     """The grid, and the values that the host computes."""
     problem, tuning = variant.problem, variant.tuning
     batch, page_size = dimensions["batch"], dimensions["page_size"]
-    reducing = batch * (problem.head_dim // tuning.head_slice)
+    stores, reduces = arguments.work != "reduce", arguments.work != "store"
+    slices = problem.head_dim // tuning.head_slice
+    reducing = -(-batch // tuning.requests_per_cta) * slices if reduces or tuning.fused else 0
     # An item of the store is a vector of all new rows of a request or, by token, of one row.
     items = batch * dimensions["state_dim"] // vector(problem.state_dtype)
     by_token = items * problem.next_n <= MAX_ITEMS_BY_TOKEN
     per_thread = int(variant.launch.constants["items_at_once"])
     threads = items * problem.next_n if by_token else -(-items // per_thread)
-    storing = -(-threads // variant.launch.threads)
+    storing = -(-threads // variant.launch.threads) if stores and not tuning.fused else 0
     multiplier, shift = divider(page_size)
     return GridPlan(
         ctas=reducing + storing,
@@ -35,18 +37,11 @@ def plan(
             "output_is_bf16": arguments.output.element_size() == 2,
             "store_by_token": by_token,
             "storing_share": storing_share(storing, reducing + storing),
+            "reducing": reducing,
+            "stores": stores,
+            "reduces": reduces,
         },
     )
-
-
-@functools.cache
-def divider(divisor: int) -> tuple[int, int]:
-    """(m, s) such that x // divisor == x * m >> s for every 0 <= x < 2**31; m < 2**32.
-
-    Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
-    """
-    shift = 31 + (divisor - 1).bit_length()
-    return -(-(1 << shift) // divisor), shift
 
 
 def storing_share(storing: int, ctas: int) -> int:
@@ -54,5 +49,7 @@ def storing_share(storing: int, ctas: int) -> int:
 
     If they are few, they come early, so that the kernel does not end with writes.
     """
+    if storing == ctas:
+        return 0  # job_of needs no share
     few = 5 * storing <= ctas
     return -(-(storing << 32) * (5 if few else 4) // (4 * ctas))

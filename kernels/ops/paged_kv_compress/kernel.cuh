@@ -1,78 +1,43 @@
 // paged_kv_compress: stores the new tokens' rows in the paged state and reduces each window that they
 // close to one output row.
 //
-// A CTA either reduces, one slice of one request, or stores. The two need no order between them: a
-// window takes its new rows from kv_score.
+// Reducing and storing need no order between them: a window takes its new rows from kv_score. Two
+// schedules, the same bits. Split: a CTA either reduces a slice of some requests, or stores. Fused: a
+// CTA does both for a slice of one request.
 #pragma once
 #include "ops/paged_kv_compress/params.cuh"
 
-#include "device/window_fetch.cuh"
-#include "device/window_reduce.cuh"
+#include "device/request_windows.cuh"
 #include "ops/paged_kv_compress/store.cuh"
 
 namespace paged_kv_compress {
 
-__device__ __forceinline__ void write_output(const Params& p, int64 row, int column, float value) {
-  const int64 at = row * p.output_stride + column;
-  if (p.output_is_bf16) {
-    static_cast<unsigned short*>(p.output)[at] =
-        static_cast<unsigned short>(round_pair_to_bf16(value, 0.0f));
-  } else {
-    static_cast<float*>(p.output)[at] = value;
-  }
-}
+// ---- Split --------------------------------------------------------------------------------------
 
-// Reduces one window to this thread's share of the partial result.
+// One slice of the windows of C::requests_per_cta requests. `cta` counts the CTAs that reduce.
 template <class C>
-__device__ __forceinline__ void reduce_window(const Params& p, const Request& request,
-                                              const ThreadPart<C>& part, HeldRows<C>& held,
-                                              int window, Partial (&result)[WindowShape<C>::vector]) {
-  LeafStack<C> stack;
-#pragma unroll 1
-  for (int leaf = 0; leaf < WindowShape<C>::group_leaves; ++leaf) {
-    LeafFetch<C> fetch(p, request, part, held, window, leaf);
-    fetch.run();
-    held.wait();
-    WindowReduce<C>::reduce_leaf(held, fetch.any_present, result);
-    stack.push(leaf, result);
-  }
-  WindowReduce<C>::reduce_warp(result);
-}
-
-// The windows of one request, one slice of their columns. `cta` counts the CTAs that reduce.
-template <class C>
-__device__ __forceinline__ void reduce_request(const Params& p, uint4* shared, uint32 cta) {
+__device__ __forceinline__ void reduce_requests(const Params& p, uint4* shared, uint32 cta) {
   using Shape = WindowShape<C>;
-  const int slice = int(cta % Shape::slices);
-  const int index = int(cta / Shape::slices);
-  const ThreadPart<C> part(slice);
+  const ThreadPart<C> part(int(cta % Shape::slices));
   HeldRows<C> held(shared);
-  Request request;
-  if (!read_request<C>(p, index, load_lengths(p, index), request) || !request.windows) return;
-  const int2 reserved = output_rows(p, request.index);
-  const WarpPartials<C> partials{reinterpret_cast<float*>(shared)};
-  for (int i = 0; i < request.windows; ++i) {
-    Partial result[Shape::vector];
-    reduce_window<C>(p, request, part, held, request.first_window + i, result);
-    const int64 row = int64(reserved.x) + i;
-    const bool writes = row >= 0 && row < reserved.y;
-    if constexpr (C::reduce_warps == 1) {
-      if (!writes || part.group != 0) continue;
-      wait_for_predecessor();
-#pragma unroll
-      for (int v = 0; v < Shape::vector; ++v)
-        write_output(p, row, part.column + v, finish(result[v]));
-    } else {
-      partials.put(part, result);
-      __syncthreads();
-      if (writes) {
-        wait_for_predecessor();
-        for (int local = threadIdx.x; local < C::head_slice; local += C::threads)
-          write_output(p, row, slice * C::head_slice + local, partials.value(local));
-      }
-      // The next window's rows overwrite the partials.
-      if (i + 1 < request.windows) __syncthreads();
-    }
+  const int first = int(cta / Shape::slices) * C::requests_per_cta;
+  uint32 closing = 1;
+  if constexpr (C::requests_per_cta > 1) {
+    // Each lane looks at one request, so that those that close nothing cost one load latency.
+    const int lane = int(threadIdx.x % 32);
+    const int index = min_of(first + lane, p.batch - 1);
+    Request request;
+    const bool closes = lane < C::requests_per_cta && first + lane < p.batch &&
+                        read_request<C>(p, index, load_lengths(p, index), request) &&
+                        request.windows > 0;
+    closing = __ballot_sync(all_lanes, closes);
+  }
+  for (bool again = false; closing; closing &= closing - 1, again = true) {
+    const int index = first + __ffs(closing) - 1;
+    Request request;
+    if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
+    if (C::reduce_warps > 1 && again) __syncthreads();  // the last window's partials are read
+    RequestWindows<C>{p, request, part, held, shared}.reduce(0);
   }
 }
 
@@ -86,9 +51,45 @@ struct Job {
 // first in the grid, they would hold their places on the SMs meanwhile and nothing would be read; if
 // they were last, they would queue behind the many CTAs that find no window to close.
 __device__ __forceinline__ Job job_of(const Params& p, uint32 storing) {
+  if (storing == gridDim.x) return {true, blockIdx.x};
   const uint32 before = __umulhi(blockIdx.x, p.storing_share);
   if (before < storing && __umulhi(blockIdx.x + 1, p.storing_share) > before) return {true, before};
   return {false, blockIdx.x - (before < storing ? before : storing)};
+}
+
+template <class C>
+__device__ __forceinline__ void run_split(const Params& p, uint4* shared) {
+  const uint32 storing = gridDim.x - uint32(p.reducing);
+  const Job job = job_of(p, storing);
+  if (job.stores)
+    Store<C>::run(p, job.number * C::threads + threadIdx.x, storing * C::threads);
+  else
+    reduce_requests<C>(p, shared, job.number);
+}
+
+// ---- Fused --------------------------------------------------------------------------------------
+
+// Old rows are on their way while new rows are loaded and stored.
+template <class C>
+__device__ __forceinline__ void run_fused(const Params& p, uint4* shared) {
+  using Shape = WindowShape<C>;
+  const ThreadPart<C> part(int(blockIdx.x % Shape::slices));
+  HeldRows<C> held(shared);
+  const int index = int(blockIdx.x / Shape::slices);
+  Request request;
+  if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
+  if (!p.reduces) request.windows = 0;
+  const RequestWindows<C> windows{p, request, part, held, shared};
+  StoreSlice<C> store(p, request, part, held);
+  LeafFetch<C> rows = windows.fetch(request.first_window, 0);
+  if (request.windows) rows.start_old();
+  store.run(rows.present);
+  if (!request.windows) return;
+  Partial result[Shape::vector];
+  windows.reduce_leaf(rows, result);
+  WindowReduce<C>::reduce_warp(result);
+  windows.write(0, result);
+  windows.reduce(1);
 }
 
 template <class C>
@@ -96,14 +97,9 @@ __device__ __forceinline__ void run(const Params& params) {
   extern __shared__ uint4 shared[];
   static_assert(C::shared_bytes == max_of(HeldRows<C>::shared_bytes, WarpPartials<C>::shared_bytes));
   launch_dependents();
-  if (!params.prefetch_state) wait_for_predecessor();
-  const uint32 reducing = uint32(params.batch) * WindowShape<C>::slices;
-  const uint32 storing = gridDim.x - reducing;
-  const Job job = job_of(params, storing);
-  if (job.stores)
-    Store<C>::run(params, job.number * C::threads + threadIdx.x, storing * C::threads);
-  else
-    reduce_request<C>(params, shared, job.number);
+  if (params.prefetch == prefetch_none) wait_for_predecessor();
+  if constexpr (C::fused) run_fused<C>(params, shared);
+  else run_split<C>(params, shared);
   // One CTA that waits is enough: the grid does not end before its predecessor.
   if (blockIdx.x == 0) wait_for_predecessor();
 }

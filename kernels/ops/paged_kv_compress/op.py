@@ -22,7 +22,10 @@ def paged_kv_compress(
     cu_outputs: Tensor,
     compress_ratio: int,
     next_n: int,
-    prefetch_state: bool = False,
+    *,
+    prefetch: str = "none",
+    ape_in_state: bool = True,
+    work: str = "all",
 ) -> None:
     """Stores the new tokens in the paged state and compresses the windows that they close.
 
@@ -35,7 +38,7 @@ def paged_kv_compress(
         ape: [compress_ratio, state_dim], fp32: absolute position embedding. Row
             position % compress_ratio is added to a token's score.
         paged_kv: [num_pages, page_size, state_dim], bf16 or fp32, mutated: the KV state.
-        paged_score: like paged_kv, mutated: the score state; ape is already added.
+        paged_score: like paged_kv, mutated: the score state.
         block_table_kv: [batch, max_pages], int32: logical page -> physical page of paged_kv.
         block_table_score: [batch, max_pages], int32: the same for paged_score.
         output: [num_outputs, head_dim], bf16 or fp32, mutated: the compressed rows.
@@ -44,11 +47,17 @@ def paged_kv_compress(
         cu_outputs: [batch + 1], int32: prefix sums of the output rows reserved per request.
         compress_ratio: tokens per window.
         next_n: the most new tokens that any request has in this step.
-        prefetch_state: if true, the CUDA kernels (sm_90 and later) read kv_lens, cu_seq_lens,
-            cu_outputs, the block tables and old rows of the state while the kernel before them on
-            the stream still runs. They wait for its end before they read kv_score and ape, and
-            before they write. The caller promises that no kernel that may still run then writes
-            what is read early. docs/kernel.md says which kernels these are.
+        prefetch: what the CUDA kernels (sm_90 and later) read while the kernel before them on the
+            stream still runs. "none": nothing. "metadata": kv_lens, cu_seq_lens, cu_outputs and the
+            block tables. "state": these, and old rows of the state. They wait for its end before
+            they read anything else, and before they write. The caller promises that no kernel that
+            may still run then writes what is read early; docs/kernel.md says which kernels these
+            are. "metadata" is safe for two calls in a row on one state.
+        ape_in_state: true: the score state holds score + ape. False: it holds the raw score, and
+            ape is added in fp32 as rows are read. With fp32 state both give the same bits.
+        work: "all", or one of the two steps, "store" or "reduce". Two calls, "reduce" and then
+            "store", serve a state in which new rows overwrite rows that a window still reads. New
+            rows come from kv_score in every case.
 
     Raises:
         ValueError: an argument's type, shape, dtype, device, strides or memory is not accepted.
@@ -57,5 +66,6 @@ def paged_kv_compress(
     """
     _op(
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output, kv_lens,
-        cu_seq_lens, cu_outputs, compress_ratio, next_n, prefetch_state,
+        cu_seq_lens, cu_outputs, compress_ratio, next_n,
+        prefetch=prefetch, ape_in_state=ape_in_state, work=work,
     )  # fmt: skip

@@ -34,7 +34,7 @@ __device__ __forceinline__ void reduce_row_by_row(const Params& p, const Request
       score = load<state_dtype, vector>(state.score_at(found, at), true);
     } else {
       const auto from = New::find(p, request, position - request.start, Shape::phase(row), at);
-      New::round(New::load_columns(from, true), kv, score);
+      New::round(New::load_columns(from, true), New::load_ape(from, true), kv, score);
     }
 #pragma unroll
     for (int v = 0; v < vector; ++v) {

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 WARPS = (1, 2, 4, 8, 16, 32)
 STORING_REGISTERS = 112  # per thread, with which a storing thread may have several items
-STORING_BYTES = 128  # of new rows that a storing thread has in registers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,12 @@ class Problem(codegen.Problem):
     next_n: int = integer(
         range(1, 17), symbol="n{}", help="the most new tokens of a request in one step"
     )
+    ape_in_state: bool = flag(
+        default=True,
+        symbol="raw_score",
+        symbol_for=False,
+        help="whether the score state holds score + ape, or the raw score",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,25 @@ class Tuning(codegen.Tuning):
         help="columns per CTA; head_dim / head_slice CTAs work on one request. It divides head_dim."
         " cuda: with c = head_slice / (columns in 16 bytes of state), c is 1, 2, 4, 8, 16 or a"
         " multiple of 32. triton: a power of two",
+    )
+    fused: bool = flag(
+        symbol="fused",
+        default=False,
+        help="cuda: a CTA stores and reduces a slice of one request. Otherwise some CTAs store and"
+        " others reduce. It suits small windows; a thread must hold all rows of a window at once",
+    )
+    requests_per_cta: int = integer(
+        (1, 2, 4, 8, 16, 32),
+        symbol="g{}",
+        default=1,
+        help="cuda, not fused: requests that a reducing CTA looks at. More than 1 suits large"
+        " batches in which few requests close a window",
+    )
+    store_bytes: int = integer(
+        (128, 256),
+        symbol="b{}",
+        default=128,
+        help="cuda, not fused: bytes of new rows, with ape, that a storing thread has in flight",
     )
     min_ctas: int = integer(
         range(1, 33),
@@ -91,7 +115,7 @@ class Arguments(codegen.Arguments):
         like="paged_kv",
         mutated=True,
         strides="paged_score_page_stride, paged_score_slot_stride",
-        help="score state; ape is already added",
+        help="score state",
     )
     block_table_kv: Tensor = tensor(
         "batch, max_pages", "int32", help="logical page -> physical page of paged_kv"
@@ -111,8 +135,27 @@ class Arguments(codegen.Arguments):
     )
     compress_ratio: int = scalar(int, help="tokens per window")
     next_n: int = scalar(int, help="the most new tokens of a request in this step")
-    prefetch_state: bool = scalar(
-        bool, default=False, help="whether metadata and old rows may be read early"
+    prefetch: str = scalar(
+        str,
+        default="none",
+        choices=("none", "metadata", "state"),
+        keyword=True,
+        help="what may be read while the kernel before this one still runs: nothing; the int32"
+        " metadata; metadata and old rows of the state",
+    )
+    ape_in_state: bool = scalar(
+        bool,
+        default=True,
+        keyword=True,
+        help="true: the state holds score + ape. false: it holds the raw score, and ape is added,"
+        " in fp32, as rows are read",
+    )
+    work: str = scalar(
+        str,
+        default="all",
+        choices=("all", "store", "reduce"),
+        keyword=True,
+        help="both steps, or one of them",
     )
 
 
@@ -134,6 +177,7 @@ def problem_of(dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapp
         kv_dtype=dtypes["kv_score"],
         state_dtype=dtypes["paged_kv"],
         next_n=arguments.next_n,
+        ape_in_state=arguments.ape_in_state,
     )
 
 
@@ -157,11 +201,17 @@ def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
     if tuning.min_ctas > SM_THREADS // threads:
         what = f"is more CTAs of {threads} threads than an SM takes"
         raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // threads + 1))
+    if tuning.fused and (backend != "cuda" or shape.group_leaves > 1 or threads != shape.lanes):
+        what = "needs cuda, and one thread that holds all rows of a window"
+        raise refuse(tuning, "fused", what, (False,))
+    if tuning.requests_per_cta > 1 and (backend != "cuda" or tuning.fused):
+        what = "is for cuda kernels that are not fused"
+        raise refuse(tuning, "requests_per_cta", what, (1,))
     if backend == "triton":
         return Launch(threads=threads, min_ctas=tuning.min_ctas)
     return Launch(
         threads=threads,
-        shared_bytes=shape.shared_bytes,
+        shared_bytes=shape.rows_bytes if tuning.fused else shape.shared_bytes,
         shared_field="head_slice",
         min_ctas=tuning.min_ctas,
         constants={"items_at_once": items_at_once(problem, tuning, threads)},
@@ -182,12 +232,12 @@ def window_shape(problem: Problem, tuning: Tuning) -> WindowShape:
 def items_at_once(problem: Problem, tuning: Tuning, threads: int) -> int:
     """Requests of which a storing thread has a vector of columns at once.
 
-    As many as make STORING_BYTES of new rows, if registers suffice for them and for reducing.
+    As many as make store_bytes of new rows, if registers suffice for them and for reducing.
     """
     if STORING_REGISTERS * threads * tuning.min_ctas > SM_REGISTERS:
         return 1
     row_bytes = vector(problem.state_dtype) * (2 * ITEM_BYTES[problem.kv_dtype] + 4)  # and ape
-    return max(1, STORING_BYTES // row_bytes // problem.next_n)
+    return max(1, tuning.store_bytes // row_bytes // problem.next_n)
 
 
 def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
@@ -200,11 +250,14 @@ def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
 def explain(problem: Problem, backend: str, tuning: Tuning, batch: int) -> str:
     """How a variant runs at a batch size."""
     per_request = problem.head_dim // tuning.head_slice
+    groups = -(-batch // tuning.requests_per_cta)
     warps = tuning.reduce_warps
     share = "1 warp reads" if warps == 1 else f"{warps} warps share"
+    each = f"groups of {tuning.requests_per_cta} requests" if groups < batch else "requests"
     return (
-        f"{batch * per_request} reducing CTAs = {batch} requests x {per_request} slices of"
-        f" {tuning.head_slice} columns; {share} the rows of a window"
+        f"{groups * per_request} CTAs that {'store and ' if tuning.fused else ''}reduce ="
+        f" {groups} {each} x {per_request} slices of {tuning.head_slice} columns; {share} the rows"
+        " of a window"
     )
 
 
@@ -233,6 +286,9 @@ SPEC = OpSpec(
         "output_is_bf16",
         "store_by_token",
         "uint32 storing_share",
-        "prefetch_state",
+        "prefetch",
+        "reducing",
+        "stores",
+        "reduces",
     ),
 )

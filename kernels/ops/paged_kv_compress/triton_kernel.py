@@ -9,10 +9,16 @@ import triton.language as tl
 
 from kvfold.codegen import Variant
 from kvfold.codegen.gpu import SM_REGISTERS
+from kvfold.device.state_triton import (
+    OPTIONS,
+    larger,
+    load_new,
+    locate,
+    round_to,
+    scalar_mask,
+    weigh,
+)
 from kvfold.ops.paged_kv_compress.spec import Arguments
-
-# Triton's default of enable_fp_fusion depends on its version.
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 def register_cap(variant: Variant) -> int | None:
@@ -46,84 +52,14 @@ def launch(variant: Variant, arguments: Arguments) -> None:
         problem.compress_ratio,
         problem.overlap,
         problem.next_n,
+        problem.ape_in_state,
+        a.work != "reduce",
+        a.work != "store",
         tuning.head_slice,
         num_warps=tuning.reduce_warps,
         maxnreg=register_cap(variant),
         **OPTIONS,
     )
-
-
-if triton.knobs.runtime.interpret:
-
-    @triton.jit
-    def _round(x, dtype: tl.constexpr):
-        """fp32 to dtype, to nearest even; the interpreter's own cast to bf16 truncates."""
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.uint32, bitcast=True)
-            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-            return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return x
-
-else:
-
-    @triton.jit
-    def _round(x, dtype: tl.constexpr):
-        """fp32 to dtype, to nearest even."""
-        return x.to(dtype)
-
-
-@triton.jit
-def _scalar_mask(condition):
-    """A condition as a mask: Triton 3.9's interpreter gives a comparison its operands' type."""
-    return tl.full((), True, tl.int1) & condition
-
-
-@triton.jit
-def _locate(position, wanted, state, page_is_power_of_two: tl.constexpr):
-    """Which wanted rows are present, and where in paged_kv and in paged_score they start."""
-    table_kv, table_score, max_pages, num_pages, page_size, page_shift = state[:6]
-    kv_page_stride, kv_slot_stride, score_page_stride, score_slot_stride = state[6:]
-    if page_is_power_of_two:
-        logical = position >> page_shift
-        slot = position & (page_size - 1)
-    else:
-        logical = position // page_size
-        slot = position % page_size
-    # One mask for all rows: with one each, the loads would queue for predicate registers.
-    wanted = wanted & (logical < max_pages)
-    logical = tl.where(wanted, logical, 0)
-    any_page = _scalar_mask(max_pages > 0)
-    kv_page = tl.load(table_kv + logical, mask=any_page, other=-1)
-    score_page = tl.load(table_score + logical, mask=any_page, other=-1)
-    # A negative page is out of range, too, when unsigned.
-    present = wanted & (kv_page.to(tl.uint32) < num_pages) & (score_page.to(tl.uint32) < num_pages)
-    kv_at = kv_page * kv_page_stride + slot * kv_slot_stride
-    score_at = score_page * score_page_stride + slot * score_slot_stride
-    return present, kv_at, score_at
-
-
-@triton.jit
-def _load_new(token, ape, wanted, state_dim: tl.constexpr, dtype: tl.constexpr):
-    """KV and score of new rows as the state holds them, at pointers to their KV and their ape."""
-    kv = tl.load(token, mask=wanted, other=0.0).to(tl.float32)
-    score = tl.load(token + state_dim, mask=wanted, other=0.0).to(tl.float32)
-    score += tl.load(ape, mask=wanted, other=0.0)
-    return _round(kv, dtype), _round(score, dtype)
-
-
-@triton.jit
-def _max(a, b):
-    """The greater; NaN where either is, like torch.softmax."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _weigh(score, kv, present, top):
-    """exp(score - top), and that times kv; 0 for absent rows."""
-    # Subtract before scaling to base 2, so that no finite score overflows.
-    weight = tl.exp2((score - top[None, :]) * 1.4426950408889634)
-    weight = tl.where(present, weight, 0.0)
-    return weight, tl.where(present, weight * kv.to(tl.float32), 0.0)
 
 
 # No value of these makes a kernel of its own, neither the integers nor where in an engine's buffer
@@ -183,6 +119,9 @@ def _kernel(
     compress_ratio: tl.constexpr,
     overlap: tl.constexpr,
     next_n: tl.constexpr,
+    ape_in_state: tl.constexpr,
+    stores: tl.constexpr,
+    reduces: tl.constexpr,
     head_slice: tl.constexpr,
 ):
     parts: tl.constexpr = 2 if overlap else 1  # of head_dim columns, in a row of state
@@ -229,15 +168,17 @@ def _kernel(
     # New rows come straight from kv_score, read once: no window waits for the store.
     t = tl.arange(0, triton.next_power_of_2(next_n))
     new_position = start + t
-    is_new, kv_at, score_at = _locate(new_position, t < new, state, page_is_power_of_two)
+    is_new, kv_at, score_at = locate(new_position, t < new, state, page_is_power_of_two)
     part = new_position // compress_ratio - start // compress_ratio + (parts - 1)
     token = (tokens + t * kv_score_stride)[:, None] + columns[None, :]
     embedding = (ape + new_position % compress_ratio * ape_stride)[:, None] + columns[None, :]
     exists = (t < new)[:, None]
-    new_kv, new_score = _load_new(token, embedding, exists, state_dim, dtype)
+    new_kv, new_score, new_biased = load_new(
+        token, embedding, exists, state_dim, dtype, ape_in_state
+    )
     if overlap:  # the state's second half of columns
-        own_kv, own_score = _load_new(
-            token + head_dim, embedding + head_dim, exists, state_dim, dtype
+        own_kv, own_score, own_biased = load_new(
+            token + head_dim, embedding + head_dim, exists, state_dim, dtype, ape_in_state
         )
 
     # A window's rows lie at offset from its first position. An overlapping window takes part 0 of
@@ -245,12 +186,17 @@ def _kernel(
     row = tl.arange(0, triton.next_power_of_2(parts * compress_ratio))
     offset = row - (parts - 1) * compress_ratio
     column = (row // compress_ratio * head_dim)[:, None] + columns[None, :]
+    if not ape_in_state:
+        in_window = (row < parts * compress_ratio)[:, None]
+        row_ape = tl.load(
+            ape + (row % compress_ratio * ape_stride)[:, None] + column, mask=in_window, other=0.0
+        )
     window = start // compress_ratio
-    end_window = length // compress_ratio
+    end_window = length // compress_ratio if reduces else window
     while window < end_window:
         position = window * compress_ratio + offset
         wanted = (row < parts * compress_ratio) & (position >= 0) & (position < start)
-        present, old_kv_at, old_score_at = _locate(position, wanted, state, page_is_power_of_two)
+        present, old_kv_at, old_score_at = locate(position, wanted, state, page_is_power_of_two)
         present = present[:, None]
         # Every load above is under way before one below waits for its address.
         tl.debug_barrier()
@@ -263,36 +209,38 @@ def _kernel(
         if overlap:
             own = (part == 1)[:, None]
             kv_here = tl.where(own, own_kv, new_kv)
-            score_here = tl.where(own, own_score, new_score)
+            score_here = tl.where(own, own_biased, new_biased)
         else:
-            kv_here, score_here = new_kv, new_score
+            kv_here, score_here = new_kv, new_biased
         here = here[:, None]
-        score_here = tl.where(here, score_here.to(tl.float32), -float("inf"))
+        score_here = tl.where(here, score_here, -float("inf"))
         score = score.to(tl.float32)
-        top = _max(tl.max(score, axis=0), tl.max(score_here, axis=0))
-        weight, weighted = _weigh(score, kv, present, top)
+        if not ape_in_state:
+            score = tl.where(present, score + row_ape, -float("inf"))
+        top = larger(tl.max(score, axis=0), tl.max(score_here, axis=0))
+        weight, weighted = weigh(score, kv, present, top)
         # Both sums in one exchange between warps.
         total, compressed = tl.split(tl.sum(tl.join(weight, weighted), axis=0))
-        weight, weighted = _weigh(score_here, kv_here, here, top)
+        weight, weighted = weigh(score_here, kv_here, here, top)
         total += tl.sum(weight, axis=0)
         compressed += tl.sum(weighted, axis=0)
         # The row at the top weighs 1: only a window with no row present has a total of 0.
         compressed = compressed / tl.where(total == 0.0, 1.0, total)
         tl.store(
             output + target * output_stride + columns,
-            _round(compressed, output.dtype.element_ty),
-            mask=_scalar_mask((target >= 0) & (target < limit)),
+            round_to(compressed, output.dtype.element_ty),
+            mask=scalar_mask((target >= 0) & (target < limit)),
         )
         target += 1
         window += 1
         part -= 1
 
-    # Store.
-    is_new = is_new[:, None]
-    columns = columns[None, :]
-    tl.store(paged_kv + (kv_at[:, None] + columns), new_kv, mask=is_new)
-    tl.store(paged_score + (score_at[:, None] + columns), new_score, mask=is_new)
-    if overlap:
-        columns += head_dim
-        tl.store(paged_kv + (kv_at[:, None] + columns), own_kv, mask=is_new)
-        tl.store(paged_score + (score_at[:, None] + columns), own_score, mask=is_new)
+    if stores:
+        is_new = is_new[:, None]
+        columns = columns[None, :]
+        tl.store(paged_kv + (kv_at[:, None] + columns), new_kv, mask=is_new)
+        tl.store(paged_score + (score_at[:, None] + columns), new_score, mask=is_new)
+        if overlap:
+            columns += head_dim
+            tl.store(paged_kv + (kv_at[:, None] + columns), own_kv, mask=is_new)
+            tl.store(paged_score + (score_at[:, None] + columns), own_score, mask=is_new)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvfold.codegen import FieldSet, TableError, Variant, choice, integer
 from kvfold.codegen.gpu import SM_REGISTERS, shared_bytes
-from kvfold.ops.paged_kv_compress import oracle, reference, row_by_row
-from kvfold.ops.paged_kv_compress.spec import SPEC, Arguments, Problem, Tuning
+from kvfold.ops import state_oracle
+from kvfold.ops.paged_kv_compress import reference, row_by_row
+from kvfold.ops.paged_kv_compress.spec import SPEC, Arguments, Problem, Tuning, items_at_once
 from kvfold.runtime.arguments import DTYPES
 from kvfold.workload import EXACT, Case, Measurement, Search, Tolerance, Workload, copy_of
 
@@ -21,6 +22,7 @@ SCENARIOS = {
     "all-hit": "every request closes a window",
     "spread": "one request in compress_ratio / next_n closes a window, as in steady decoding",
     "no-hit": "no request closes a window",
+    "ragged": "requests of 1 to next_n new tokens, with histories of all phases",
 }
 ORACLE_BATCH = 16  # the largest batch that plain Python loops check in reasonable time
 
@@ -37,6 +39,11 @@ class Options(FieldSet):
         help="split: KV and score in two pools. packed: side by side in the rows of one pool",
     )
     output_dtype: str = choice("bf16", "fp32", default="bf16", help="of the output")
+    max_pages: int = integer(
+        range(2**20 + 1),
+        default=0,
+        help="columns of the block tables; as many as the requests need, if that is more",
+    )
 
 
 def lengths(scenario: str, batch: int, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -46,9 +53,12 @@ def lengths(scenario: str, batch: int, problem: Problem) -> tuple[np.ndarray, np
     spread: request i ends at phase next_n*i mod compress_ratio. Request 0 closes a window and, of
         many, next_n in compress_ratio do.
     no-hit: no window closes; where next_n tokens always close one, requests have fewer.
+    ragged: request i has 1 + i mod next_n new tokens, as in prefill_compress's scenario decode.
     """
     ratio, next_n = problem.compress_ratio, problem.next_n
     request = np.arange(batch)
+    if scenario == "ragged":
+        return ratio + 3 * request % ratio, 1 + request % next_n
     new = next_n if scenario != "no-hit" else min(next_n, ratio - 1)
     # A few windows in, so that there is history; more where a step is longer than a window.
     window_end = (-(-next_n // ratio) + request % 3 + 1) * ratio
@@ -64,7 +74,8 @@ def must_move(start: np.ndarray, new: np.ndarray, problem: Problem, output_bytes
     """Bytes that a step must move, each read or written once.
 
     new tokens x 2 state_dim x (kv_score read + state stored)
-    + distinct positions mod compress_ratio among the new tokens x state_dim x 4 (ape)
+    + distinct positions mod compress_ratio among the new tokens x state_dim x 4 (ape; if the state
+      holds raw scores: all of ape if a window closes)
     + for each window that closes: its rows older than this step x 2 head_dim x state
       (new rows come from kv_score) + head_dim x output_bytes.
 
@@ -74,8 +85,11 @@ def must_move(start: np.ndarray, new: np.ndarray, problem: Problem, output_bytes
     state_dim = head_dim * (2 if overlap else 1)
     kv_bytes, state_bytes = DTYPES[problem.kv_dtype].itemsize, DTYPES[problem.state_dtype].itemsize
     end = start + new
-    phases = {p % ratio for s, e in zip(start, end, strict=True) for p in range(s, e)}
-    total = int(new.sum()) * 2 * state_dim * (kv_bytes + state_bytes) + len(phases) * state_dim * 4
+    if problem.ape_in_state:
+        phases = len({p % ratio for s, e in zip(start, end, strict=True) for p in range(s, e)})
+    else:
+        phases = ratio if (end // ratio > start // ratio).any() else 0
+    total = int(new.sum()) * 2 * state_dim * (kv_bytes + state_bytes) + phases * state_dim * 4
     for s, e in zip(start, end, strict=True):
         for window in range(s // ratio, e // ratio):
             first = max(0, (window - int(overlap)) * ratio)
@@ -119,15 +133,18 @@ def make(
     pages = -(-end // options.page_size)
     in_use = np.arange(pages.max(initial=1)) < pages[:, None]
 
-    def block_table() -> np.ndarray:
-        table = np.full(in_use.shape, -1)
-        table[in_use] = rng.permutation(int(pages.sum()))
+    def block_table() -> Tensor:
+        physical = np.full(in_use.shape, -1)
+        physical[in_use] = rng.permutation(int(pages.sum()))
+        columns = max(options.max_pages, in_use.shape[1])
+        table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+        table[:, : in_use.shape[1]] = int32(physical)
         return table
 
     pool = (int(pages.sum()), options.page_size)
     table_kv = block_table()
     if options.layout == "packed":
-        table_score = table_kv
+        table_score = table_kv.clone()
         packed = random(*pool, 2 * state_dim, dtype=state_dtype)
         paged_kv, paged_score = packed.split(state_dim, dim=2)
     else:
@@ -140,14 +157,15 @@ def make(
         ape=random(ratio, state_dim, dtype=torch.float32),
         paged_kv=paged_kv,
         paged_score=paged_score,
-        block_table_kv=int32(table_kv),
-        block_table_score=int32(table_score),
+        block_table_kv=table_kv,
+        block_table_score=table_score,
         output=torch.full(output_shape, torch.nan, dtype=output_dtype, device=device),
         kv_lens=int32(end),
         cu_seq_lens=prefix_sums(new),
         cu_outputs=prefix_sums(reserved),
         compress_ratio=ratio,
         next_n=problem.next_n,
+        ape_in_state=problem.ape_in_state,
     )
     return Case(
         arguments=arguments,
@@ -159,7 +177,7 @@ def make(
 def expected(arguments: Arguments) -> Mapping[str, Tensor]:
     """What a call must leave: by the oracle or, for a large batch, by the reference."""
     if arguments.kv_lens.numel() <= ORACLE_BATCH:
-        return oracle.expected(arguments)
+        return state_oracle.expected(arguments, arguments.next_n)
     copies = copy_of(arguments, ("paged_kv", "paged_score"))
     copies = replace(copies, output=arguments.output.float())
     reference.run(copies)
@@ -173,27 +191,61 @@ HEAD_SLICES = (16, 32, 64, 128, 256, 512)
 REGISTER_BUDGETS = (128, 96, 80)  # registers per thread to try to make do with
 RESERVED_BYTES = 1024  # of an SM's shared memory that the system takes per CTA
 TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill
+SMALL_WINDOW = 16  # rows of a leaf: one thread can have all of them
+REQUESTS_PER_CTA = (4, 8, 16)
 
 
 def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
     """Tuning worth a trial."""
+    small = backend == "cuda" and window_rows(problem) <= SMALL_WINDOW
     for reduce_warps, head_slice in itertools.product(REDUCE_WARPS, HEAD_SLICES):
-        tuning = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
-        try:
-            variant = Variant(problem=problem, backend=backend, tuning=tuning)
-            variant.check_arch(arch)
-        except TableError:  # what cannot run is no candidate
+        if small and (reduce_warps > 4 or head_slice < 32):
             continue
-        if backend == "triton" and _tile(problem, variant) > TRITON_TILE:
-            continue
-        for min_ctas in _min_ctas(variant, arch):
-            yield replace(tuning, min_ctas=min_ctas)
+        plain = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
+        for tuning in (plain, replace(plain, fused=True)):
+            try:
+                variant = Variant(problem=problem, backend=backend, tuning=tuning)
+                variant.check_arch(arch)
+            except TableError:  # what cannot run is no candidate
+                continue
+            if tuning.fused and not small:
+                continue
+            if backend == "triton" and _tile(problem, variant) > TRITON_TILE:
+                continue
+            for min_ctas in [1] if small and reduce_warps > 1 else _min_ctas(variant, arch):
+                one = replace(tuning, min_ctas=min_ctas)
+                yield one
+                if backend == "cuda" and not tuning.fused:
+                    yield from _for_large_batches(problem, one, variant.launch.threads)
+
+
+def window_rows(problem: Problem) -> int:
+    """Rows of a window, with those that it overlaps."""
+    return problem.compress_ratio * (2 if problem.overlap else 1)
+
+
+def _for_large_batches(problem: Problem, tuning: Tuning, threads: int) -> Iterator[Tuning]:
+    """The tuning with more requests per CTA and more bytes in flight per storing thread.
+
+    Only of shapes that suit a large batch.
+    """
+    shape = tuning.reduce_warps, tuning.head_slice
+    if window_rows(problem) <= SMALL_WINDOW:
+        suitable = shape in ((1, 128), (1, 256), (1, 512))
+    else:
+        suitable = shape in ((4, 64), (4, 128), (8, 64))
+    if not suitable:
+        return
+    for requests, store_bytes in itertools.product((1, *REQUESTS_PER_CTA), (128, 256)):
+        other = replace(tuning, requests_per_cta=requests, store_bytes=store_bytes)
+        more = items_at_once(problem, other, threads) > items_at_once(problem, tuning, threads)
+        if more if store_bytes > 128 else requests > 1:
+            yield other
 
 
 def _tile(problem: Problem, variant: Variant) -> float:
     """Values of state per thread."""
-    rows = problem.compress_ratio * (2 if problem.overlap else 1)
-    return rows * variant.tuning.head_slice / variant.launch.threads
+    return window_rows(problem) * variant.tuning.head_slice / variant.launch.threads
 
 
 def _min_ctas(variant: Variant, arch: str) -> list[int]:
@@ -208,7 +260,9 @@ def _min_ctas(variant: Variant, arch: str) -> list[int]:
 
 # ---- the workload --------------------------------------------------------------------------------
 
-_RATIO_4 = {"sizes": (16, 64, 128, 256, 512), "scenarios": ("all-hit",)}
+_STEADY = ("all-hit", "spread", "no-hit")
+_ALL_HIT = ("all-hit",)
+_RATIO_4 = {"sizes": (16, 64, 128, 256, 512), "scenarios": _ALL_HIT}
 
 WORKLOAD = Workload(
     spec=SPEC,
@@ -232,7 +286,7 @@ WORKLOAD = Workload(
         "output": Tolerance(2e-5, {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}),
     },
     metadata=("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs"),
-    prefetch={"none": {}, "state": {"prefetch_state": True}},
+    prefetch={name: {"prefetch": name} for name in ("none", "metadata", "state")},
     yardsticks={"row_by_row": row_by_row.bind},
     search=Search(
         candidates=candidates,
@@ -240,18 +294,45 @@ WORKLOAD = Workload(
         # no-hit counts least: of the many requests of a large batch one nearly always closes one.
         mixture={"all-hit": 0.45, "spread": 0.45, "no-hit": 0.1},
         # An engine that cares for the time prefetches.
-        prefetch={"none": 0.3, "state": 0.7},
-        sizes=(1, 4, 16, 32, 64, 128, 256, 512),
+        prefetch={"none": 0.2, "metadata": 0.2, "state": 0.6},
+        sizes=(1, 16, 32, 64, 128, 256, 512, 1024, 4096),
     ),
     suite=(
-        Measurement(baseline=True),
-        Measurement(options={"page_size": 128}, scenarios=("all-hit",)),
-        Measurement(options={"layout": "packed"}, scenarios=("all-hit",)),
-        Measurement(problem={"state_dtype": "bf16"}, sizes=(16, 64, 128, 256, 512)),
+        Measurement(baseline=True, scenarios=_STEADY),
+        Measurement(options={"page_size": 128}, scenarios=_ALL_HIT),
+        Measurement(options={"layout": "packed"}, scenarios=_ALL_HIT),
+        Measurement(
+            problem={"state_dtype": "bf16"}, sizes=(16, 64, 128, 256, 512), scenarios=_STEADY
+        ),
         Measurement(problem={"compress_ratio": 4, "next_n": 1}, **_RATIO_4),
         Measurement(problem={"compress_ratio": 4}, **_RATIO_4),
         Measurement(problem={"compress_ratio": 4, "next_n": 1, "head_dim": 128}, **_RATIO_4),
         Measurement(problem={"compress_ratio": 4, "head_dim": 128}, **_RATIO_4),
-        Measurement(sizes=(16, 128, 256, 512), override={"backend": "triton"}),
+        Measurement(sizes=(16, 128, 256, 512), scenarios=_STEADY, override={"backend": "triton"}),
+        Measurement(problem={"next_n": 1}, sizes=(16, 128, 512), scenarios=_ALL_HIT),
+        Measurement(problem={"compress_ratio": 4}, sizes=(2048,), scenarios=_ALL_HIT),
+        Measurement(sizes=(1024, 4096), scenarios=("spread",)),
+        Measurement(
+            problem={"compress_ratio": [128, 4]},
+            options={"page_size": [1, 2, 4, 8]},
+            sizes=(16, 256),
+            scenarios=_ALL_HIT,
+        ),
+        Measurement(
+            problem={"compress_ratio": [128, 4]},
+            options={"max_pages": 262_144},
+            sizes=(16, 256),
+            scenarios=_ALL_HIT,
+        ),
+        Measurement(
+            problem={"next_n": 8, "compress_ratio": [128, 4]}, sizes=(16, 256), scenarios=_ALL_HIT
+        ),
+        Measurement(
+            problem={"ape_in_state": False, "compress_ratio": [128, 4]},
+            sizes=(16, 256),
+            scenarios=_ALL_HIT,
+        ),
+        # Beside prefill_compress, whose suite has the same requests.
+        Measurement(problem={"compress_ratio": [128, 4]}, sizes=(256,), scenarios=("ragged",)),
     ),
 )

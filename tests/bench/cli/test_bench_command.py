@@ -24,7 +24,8 @@ QUICK = ("bench", OP, "head_dim=64", "--batch", "1,3,64")
 
 
 def test_bench_without_a_gpu_says_so_and_checks(no_gpu):
-    text = kvfold_command(*QUICK, "compress_ratio=4", "page_size=4,7").stdout
+    words = ("compress_ratio=4", "page_size=4,7", "--scenario", "all-hit,spread,no-hit")
+    text = kvfold_command(*QUICK, *words).stdout
     assert "No CUDA GPU is here" in text and "Right at 18 points" in text
     assert "Where batch is above 16, 16 is checked." in text
     assert f"{OP}: head_dim 64, compress_ratio 4, overlap true" in text
@@ -40,7 +41,8 @@ def test_bench_without_a_gpu_says_so_and_checks(no_gpu):
 
 def test_bench_checks_every_problem_that_it_is_given(no_gpu):
     text = kvfold_command("bench", OP, "head_dim=8", "next_n=1,2", "--batch", 1).stdout
-    assert text.count(f"{OP}: head_dim 8") == 2 and "Right at 6 points" in text
+    points = 2 * len(WORKLOAD.scenarios)
+    assert text.count(f"{OP}: head_dim 8") == 2 and f"Right at {points} points" in text
     once = kvfold_command("bench", OP, "head_dim=8", "--batch", 1, "--scenario", "no-hit").stdout
     assert "Right at 1 point:" in once
 
@@ -65,11 +67,11 @@ def test_bench_fails_when_the_op_is_wrong(no_gpu, monkeypatch):
         (("page_size=1000000000",), "page_size = 1000000000 is not accepted; legal: 1 to 4096"),
         (("page_size=0",), "page_size = 0"),
         (("--scenario", "some"), "legal: all-hit, spread, no-hit"),
-        (("--prefetch", "early"), "legal: none, state"),
+        (("--prefetch", "early"), "legal: none, metadata, state"),
         (("layout=woven",), "legal: split, packed"),
         (("head_dims=64",), "head_dims is no problem field or case field of paged_kv_compress"),
         (("--override", "reduce_warps"), "not of the form FIELD=VALUE"),
-        (("--override", "warps=1"), "legal: backend, reduce_warps, head_slice, min_ctas"),
+        (("--override", "warps=1"), "legal: backend, reduce_warps, head_slice, "),
         (("--override", "reduce_warps=3"), "reduce_warps = 3"),
         (("--override", "reduce_warps=1,2"), "reduce_warps has 2 values; accepted: one"),
         (("--override", "backend=cpu"), "legal: cuda, triton"),
@@ -163,10 +165,10 @@ def test_bench_hands_its_words_to_the_runner(asked, tmp_path):
     kvfold_command("bench", OP, "page_size=16,32", "--baseline", "--json", file)
     (plan,), saved = asked
     assert saved == ["report", file]
-    assert plan.baseline and plan.override == {} and plan.prefetch == ("none", "state")
+    assert plan.baseline and plan.override == {} and plan.prefetch == tuple(WORKLOAD.prefetch)
     sizes = dict.fromkeys(point.size for point in plan.points)
     assert tuple(sizes) == WORKLOAD.sizes
-    assert len(plan.points) == 2 * 3 * len(WORKLOAD.sizes)
+    assert len(plan.points) == 2 * len(WORKLOAD.scenarios) * len(WORKLOAD.sizes)
     assert {point.options.values()["page_size"] for point in plan.points} == {16, 32}
     assert {point.problem.values()["head_dim"] for point in plan.points} == {512}
 
@@ -211,6 +213,8 @@ def test_bench_shows_and_plots_a_results_file_without_a_gpu(no_gpu, report, tmp_
         rf"^ *16 +{tuning} +table +none +10.00 +9.00 +12.00 +{limit} +\d+% +\S+ +\d+ +1.00x +5.0 *$"
     )
     assert re.search(first, text, re.MULTILINE)
+    between = rf"^ *16 +{tuning} +table +metadata +7.50 +6.75 +9.00 +{limit} .* 0.75x *$"
+    assert re.search(between, text, re.MULTILINE)
     early = rf"^ *16 +{tuning} +table +state +5.00 +4.50 +6.00 +{limit} .* 0.50x *$"
     assert re.search(early, text, re.MULTILINE)
     assert re.search(r"^ *16 +w1_\S+ +override +none +10.00 .* 1.00x *$", text, re.MULTILINE)

@@ -29,6 +29,7 @@ paged_kv_compress:
   - {head_dim: 64, compress_ratio: 128, kv_dtype: [bf16, fp32], state_dtype: fp32, next_n: [1, 2],
      backend: cuda, reduce_warps: 1, head_slice: 64}
 """
+PREFETCH = ["none", "metadata", "state"]
 QUICK = ("tune", OP, "head_dim=64", "kv_dtype=bf16,fp32", "next_n=1,2", "--batch", "1,4,8")
 
 
@@ -100,7 +101,8 @@ def test_the_command_measures_chooses_and_writes(fake_tuner, table, tmp_path):
     assert text.startswith(TABLE + "\n" + MARKER) and '- origin: "a stand-in, 20' in text
     assert (
         "kvfold tune paged_kv_compress head_dim=64 compress_ratio=128 kv_dtype=bf16,fp32"
-        " state_dtype=fp32 next_n=1,2 --backend cuda --batch 1,4,8 --prefetch none,state"
+        " state_dtype=fp32 next_n=1,2 --backend cuda --batch 1,4,8"
+        " --prefetch none,metadata,state"
         ' --mixture all-hit=0.45,spread=0.45,no-hit=0.1"'
     ) in " ".join(text.split())
     assert text.count("kv_dtype: [bf16, fp32]") == 3
@@ -114,10 +116,10 @@ def test_the_command_measures_chooses_and_writes(fake_tuner, table, tmp_path):
     assert any(one.tuning.head_slice == 16 for one in fake_tuner.compiled)
     assert not any(one.tuning.head_slice == 16 for one, _ in fake_tuner.timed)
     assert {one.problem.next_n for one, _ in fake_tuner.timed} == {2}
-    assert {point.prefetch for _, point in fake_tuner.timed} == {"none", "state"}
+    assert {point.prefetch for _, point in fake_tuner.timed} == set(PREFETCH)
     report = records.load(TuneReport, file)
     assert (report.device, report.arch, len(report.plan.families)) == ("a stand-in", "sm_90", 2)
-    assert report.plan.prefetch == ["none", "state"] and report.plan.sizes == [1, 4, 8]
+    assert report.plan.prefetch == PREFETCH and report.plan.sizes == [1, 4, 8]
 
 
 def test_what_is_chosen_is_shown_with_its_times(fake_tuner):

@@ -19,6 +19,7 @@ from kvfold.workload import Measurement
 
 CPU = torch.device("cpu")
 SMALL = {"head_dim": 128, "compress_ratio": 4}
+PREFETCH = ("none", "metadata", "state")
 
 
 def plan(prefetch=None, **fields) -> runner.Plan:
@@ -40,9 +41,10 @@ def test_a_plan_fills_in_defaults_and_goes_through_every_point():
     ]
     assert str(found.points[0]) == (
         "all-hit, size 1, head_dim 128, compress_ratio 4, overlap true, kv_dtype bf16,"
-        " state_dtype fp32, next_n 4, page_size 8, layout split, output_dtype bf16"
+        f" state_dtype fp32, next_n 4, ape_in_state true, {options[0]}"
     )
-    assert found.prefetch == ("none", "state") and not found.baseline and found.override == {}
+    assert str(options[0]).startswith("page_size 8, layout split, output_dtype bf16")
+    assert found.prefetch == PREFETCH and not found.baseline and found.override == {}
 
 
 def test_a_list_of_a_problem_field_stands_for_each_of_its_values():
@@ -65,7 +67,7 @@ def test_a_list_of_a_problem_field_stands_for_each_of_its_values():
         ({"options": {"layout": "woven"}}, 'layout = "woven" .*split, packed'),
         ({"scenarios": ("some",)}, "some is no scenario; legal: all-hit, spread, no-hit"),
         ({"override": {"warps": 1}}, "warps is no tuning field"),
-        ({"prefetch": ("early",)}, "early is no prefetch; legal: none, state"),
+        ({"prefetch": ("early",)}, "early is no prefetch; legal: none, metadata, state"),
     ],
 )
 def test_a_plan_refuses_what_cannot_be_measured(fields, names):
@@ -107,7 +109,7 @@ def test_an_override_of_the_backend_starts_from_that_backends_own_row(fake_gpu):
     changed = runner.overridden(variant, {"backend": "triton", "min_ctas": 1}, point, CPU)
     assert changed == replace(triton, tuning=replace(triton.tuning, min_ctas=1))
     # The shipped table has no row for the problem: the dispatched variant says the rest.
-    point = replace(point, problem=replace(point.problem, next_n=7))
+    point = replace(point, problem=replace(point.problem, next_n=16))
     variant = replace(variant, problem=point.problem)
     other = runner.overridden(variant, {"backend": "triton"}, point, CPU)
     assert other == replace(variant, backend="triton")
@@ -131,7 +133,10 @@ def test_an_override_must_fit_the_shared_memory_of_the_gpu_at_hand(fake_gpu, mon
 
 
 def test_the_check_on_a_cpu_passes_the_op_and_names_where_it_is_wrong(monkeypatch):
-    small = plan(problem=SMALL, sizes=(1, 3), options={"page_size": 8, "layout": "packed"})
+    small = plan(
+        problem=SMALL, sizes=(1, 3), scenarios=("all-hit", "spread", "no-hit"),
+        options={"page_size": 8, "layout": "packed"},
+    )  # fmt: skip
     found = list(runner.check(small.points, CPU))
     assert tuple(one.point for one in found) == small.points
     assert [one.rows for one in found] == [1, 3, 1, 3, 0, 0]
@@ -162,16 +167,14 @@ def lines(report: KernelReport) -> list[tuple]:
 
 def test_a_run_times_the_dispatched_variant_with_each_prefetch(fake_gpu):
     report = measured()
-    assert lines(report) == [
-        (size, "table", prefetch) for size in (1, 64) for prefetch in ("none", "state")
-    ]
+    assert lines(report) == [(size, "table", prefetch) for size in (1, 64) for prefetch in PREFETCH]
     # Each is timed on all of the cases, and with its own prefetch alone.
-    assert fake_gpu.replays == [[("op", early)] * 3 for early in (False, True)] * 2
-    row, early = report.rows[:2]
+    assert fake_gpu.replays == [[("op", prefetch)] * 3 for prefetch in PREFETCH] * 2
+    row, between, early = report.rows[:3]
     variant = load_table().find(Problem.of(row.problem), "cuda", "sm_90", 1)
     assert variant and row.variant == early.variant == variant.symbol and row.backend == "cuda"
     assert (row.median_us, row.min_us, row.max_us) == (10.0, 9.0, 12.0)
-    assert early.median_us == 5.0
+    assert (between.median_us, early.median_us) == (7.5, 5.0)
     assert row.limit_us == row.moved_bytes / 4e6 + 0.5
     assert row.efficiency == row.limit_us / 10 and early.efficiency == row.limit_us / 5
     assert row.moved_bytes == early.moved_bytes > 124 * 128 * 2 * 4  # the window's old rows
@@ -188,9 +191,10 @@ def test_a_run_may_be_of_one_prefetch(fake_gpu):
 def test_a_baseline_times_override_yardstick_and_host_beside_the_dispatched_variant(fake_gpu):
     report = measured(override={"reduce_warps": 1}, baseline=True)
     kinds = [
-        ("table", "none"), ("table", "state"), ("override", "none"), ("override", "state"),
+        *(("table", prefetch) for prefetch in PREFETCH),
+        *(("override", prefetch) for prefetch in PREFETCH),
         ("yardstick", "none"),
-    ]  # fmt: skip
+    ]
     assert lines(report) == [(size, *kind) for size in (1, 64) for kind in kinds]
     for row in report.rows:
         assert ("w1_" in row.tuning) == (row.chosen_by == "override")
@@ -200,10 +204,11 @@ def test_a_baseline_times_override_yardstick_and_host_beside_the_dispatched_vari
         assert row.host_us == (
             {"call": 5.0, "torch_ops": 5.0, "unrepeated": 5.0, "triton": 5.0} if timed else {}
         )
-    override = report.rows[2].variant
-    assert fake_gpu.replays[2:5] == [
-        [(override, False)] * 3, [(override, True)] * 3, [("row_by_row", False)] * 3
-    ]  # fmt: skip
+    override = report.rows[3].variant
+    assert fake_gpu.replays[3:7] == [
+        *([(override, prefetch)] * 3 for prefetch in PREFETCH),
+        [("row_by_row", "none")] * 3,
+    ]
 
 
 def test_an_override_without_a_baseline_takes_the_dispatched_variants_place(fake_gpu):

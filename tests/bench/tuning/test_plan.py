@@ -57,9 +57,19 @@ def test_a_plan_is_the_workloads_where_nothing_else_is_said():
     found = plan()
     assert found.sizes == list(search_of(OP).sizes)
     assert found.mixture == MIXTURE == search_of(OP).mixture
-    assert found.prefetch == ["none", "state"] and found.backend == "cuda"
+    assert found.prefetch == ["none", "metadata", "state"] == list(search_of(OP).prefetch)
+    assert found.backend == "cuda"
     assert plan(backend="triton").prefetch == ["none"]
     assert plan(sizes=(8, 2, 8)).sizes == [2, 8]
+
+
+def test_a_prefetch_that_the_search_does_not_weigh_is_not_tuned(monkeypatch):
+    declared = replace(search_of(OP), prefetch={"none": 0.3, "state": 0.7})
+    monkeypatch.setattr(module, "search_of", lambda op: declared)
+    assert plan().prefetch == ["none", "state"]
+    assert {at.prefetch for at in plan().points} == {"none", "state"}
+    with pytest.raises(TableError, match="metadata is no prefetch of cuda; legal: none, state"):
+        plan(prefetch=("metadata",))
 
 
 def test_an_op_without_a_search_cannot_be_tuned(monkeypatch):
@@ -78,7 +88,7 @@ def test_an_op_without_a_search_cannot_be_tuned(monkeypatch):
         ({}, {"sizes": (0,)}, "batch = 0"),
         ({}, {"sizes": (1 << 30,)}, "batch = 1073741824"),
         ({}, {"backend": "cpu"}, 'backend = "cpu"'),
-        ({}, {"prefetch": ("early",)}, "early is no prefetch of cuda; legal: none, state"),
+        ({}, {"prefetch": ("early",)}, "early is no prefetch of cuda; legal: none, metadata, "),
         ({}, {"backend": "triton", "prefetch": ("state",)}, "no prefetch of triton; legal: none"),
     ],
 )
@@ -92,7 +102,7 @@ def test_a_plan_says_what_to_type_for_it():
     assert found.command == (
         "kvfold tune paged_kv_compress head_dim=512 compress_ratio=128 kv_dtype=bf16"
         " state_dtype=fp32 next_n=1,4 overlap=false --backend cuda --batch 2,8"
-        " --prefetch none,state --mixture spread=3"
+        " --prefetch none,metadata,state --mixture spread=3"
     )
     triton = plan(backend="triton").command
     assert "--backend triton" in triton and "--prefetch none " in triton
@@ -120,7 +130,7 @@ def test_a_mixture_that_is_none_is_refused(text):
         parse_mixture(text)
 
 
-@pytest.mark.parametrize("prefetch", [["none"], ["none", "state"]])
+@pytest.mark.parametrize("prefetch", [["none"], ["none", "state"], ["none", "metadata", "state"]])
 def test_calls_with_and_without_prefetch_weigh_what_the_op_says(prefetch):
     says = search_of("paged_kv_compress").prefetch
     total = sum(says[name] for name in prefetch)

@@ -29,12 +29,15 @@ def variant(reduce_warps: int = 4, head_slice: int = 32) -> Variant:
     return Variant(problem=SMALL, backend="cuda", tuning=tuning)
 
 
+US = {"none": 10.0, "metadata": 9.0, "state": 8.0}
+
+
 class StandIn:
     """The reference in place of kernels; times are made up.
 
     Attributes:
         bound: variants that were bound by dispatch.
-        timed: (variant, prefetches, number of calls) of every replay.
+        timed: (variant, prefetch, number of calls) of every replay.
         wrong: a variant that writes nothing.
     """
 
@@ -44,7 +47,7 @@ class StandIn:
 
     def launcher(self, one: Variant):
         def launch(arguments) -> None:
-            self.calls.append((one, arguments.prefetch_state))
+            self.calls.append((one, arguments.prefetch))
             if one != self.wrong:
                 reference.run(arguments)
 
@@ -54,9 +57,9 @@ class StandIn:
         self.calls.clear()
         for call in calls:
             call()
-        ((one, prefetches),) = set(self.calls)
-        self.timed.append((one, prefetches, len(calls)))
-        us = 8.0 if prefetches else 10.0
+        ((one, prefetch),) = set(self.calls)
+        self.timed.append((one, prefetch, len(calls)))
+        us = US[prefetch]
         return timing.Timing(us, us - 1, us + 1)
 
 
@@ -83,11 +86,11 @@ def timer(started=lambda what: None, **fields) -> gpu.GpuTimer:
     return gpu.GpuTimer(make_plan(OP, FIELDS, **fields), CPU, started)
 
 
-def test_a_call_is_timed_with_and_without_prefetch(stand_in):
+def test_a_call_is_timed_with_each_prefetch(stand_in):
     time = timer()
-    assert time(variant(), TimePoint("none", "all-hit", 1)) == 10.0
-    assert time(variant(), TimePoint("state", "all-hit", 1)) == 8.0
-    assert stand_in.timed == [(variant(), False, 2), (variant(), True, 2)]
+    for prefetch, us in US.items():
+        assert time(variant(), TimePoint(prefetch, "all-hit", 1)) == us
+    assert stand_in.timed == [(variant(), prefetch, 2) for prefetch in US]
     assert stand_in.bound == [variant()]  # once
 
 
@@ -110,7 +113,7 @@ def test_a_variant_is_checked_against_the_reference_at_a_middling_size(stand_in,
 
     monkeypatch.setattr(point, "verify", verify)
     time = timer()
-    for prefetch in ("none", "state"):
+    for prefetch in US:
         time(variant(), TimePoint(prefetch, "all-hit", 1))
     assert checked == [workload.ORACLE_BATCH + 1]
 
@@ -145,6 +148,8 @@ def test_cases_are_made_once_for_a_scenario_and_size(stand_in, monkeypatch):
 def few_candidates(monkeypatch):
     monkeypatch.setattr(workload, "REDUCE_WARPS", (4, 8))
     monkeypatch.setattr(workload, "HEAD_SLICES", (16, 32, 64))
+    monkeypatch.setattr(workload, "REQUESTS_PER_CTA", ())
+    monkeypatch.setattr(workload, "REGISTER_BUDGETS", (96,))
 
 
 def test_a_run_compiles_all_and_times_those_that_do_not_spill(
@@ -169,9 +174,10 @@ def test_a_run_compiles_all_and_times_those_that_do_not_spill(
     ]
     assert compiled == candidates
     assert set(times) == {one for one in candidates if one.tuning.head_slice != 16}
+    assert len(times) <= search.KEPT * len(plan.families)  # so that all are timed everywhere
     for points in times.values():
         assert set(points) == set(plan.points)
-        assert all(us == (8.0 if at.prefetch == "state" else 10.0) for at, us in points.items())
+        assert all(us == US[at.prefetch] for at, us in points.items())
     # Each was replayed once per point.
     replays = Counter(one for one, *_ in stand_in.timed)
     assert set(replays.values()) == {len(plan.points)}
@@ -185,5 +191,5 @@ def test_triton_is_not_compiled_ahead_and_not_timed_with_prefetch(
     plan = make_plan(OP, FIELDS, backend="triton", sizes=(1,))
     times = gpu.run(plan, CPU, lambda what: None)
     assert times and {one.backend for one in times} == {"triton"}
-    assert {prefetches for _, prefetches, _ in stand_in.timed} == {False}
+    assert {prefetch for _, prefetch, _ in stand_in.timed} == {"none"}
     assert set(stand_in.bound) == set(times)

@@ -9,13 +9,19 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from calls import INT_MAX, INT_MIN, Call, make
+from calls import STATE, Call, in_wide_tables, make
 from numerics import assert_rows_close, assert_same_bits
+from state_calls import INT_MAX, INT_MIN
 from torch import Tensor
 
-from kvfold.ops.paged_kv_compress import oracle
+from kvfold.ops import state_oracle
 
 CASES: dict[str, Callable[[], Call]] = {}
+
+
+def oracle(call: Call) -> dict[str, Tensor]:
+    """What the call must leave in the mutated tensors; changes nothing."""
+    return state_oracle.expected(call, call.next_n)
 
 
 def assert_follows_contract(
@@ -28,15 +34,15 @@ def assert_follows_contract(
 
     Args:
         run: an implementation; it gets the copy.
-        expected: oracle.expected(call), for a call that several implementations run.
+        expected: oracle(call), for a call that several implementations run.
 
     Returns:
         the copy after the run.
     """
-    expected = expected or oracle.expected(call)
+    expected = expected or oracle(call)
     result = call.clone()
     run(result)
-    for name in ("paged_kv", "paged_score"):
+    for name in STATE:
         assert_same_bits(getattr(result, name), expected[name], name)
     finite = expected["paged_kv"][expected["paged_kv"].isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 1.0
@@ -68,9 +74,31 @@ for ratio in (4, 128):
             make, [(2 * ratio - before, 3)], compress_ratio=ratio, page_size=32
         )
 
-for page_size in (1, 3, 7, 16, 32, 100):
+for page_size in (1, 2, 3, 4, 7, 8, 16, 32, 100):
     CASES[f"page_size_{page_size}"] = partial(
         make, [(14, 3), (7, 2)], compress_ratio=8, page_size=page_size
+    )
+
+for page_size in (1, 2, 4, 8):
+    CASES[f"r128_page_size_{page_size}"] = partial(
+        make, [(254, 3), (127, 2)], compress_ratio=128, page_size=page_size
+    )
+
+
+def far_away(page_size: int, shared: bool) -> Call:
+    """Requests in the last columns of wide block tables. Each closes a window or more."""
+    call = make([(6, 3), (11, 4), (7, 1)], page_size=page_size)
+    return in_wide_tables(call, 262_144, shared=shared)
+
+
+for page_size in (1, 2, 4, 8):
+    for shared in (False, True):
+        name = f"wide_{'shared' if shared else 'own'}_block_tables_page_size_{page_size}"
+        CASES[name] = partial(far_away, page_size, shared)
+
+for next_n in range(1, 9):
+    CASES[f"next_n_{next_n}"] = partial(
+        make, [(7, next_n), (4, next_n), (0, next_n), (11, 1)], next_n=next_n, page_size=2
     )
 
 for layout in ("split", "packed", "strided"):
@@ -395,3 +423,66 @@ def large_scores():
     call = make([(7, 2), (14, 3)], compress_ratio=8)
     call.paged_score.mul_(100)
     return call
+
+
+# Modes: the lines above with raw scores in the state, and with one of the two steps.
+
+RAW_SCORE = (
+    "mtp_overlap_hd128_n4",
+    "mtp_r128_hd128_n4",
+    "bf16_to_bf16_to_fp32",
+    "fp32_to_bf16_to_fp32",
+    "fp32_to_fp32_to_fp32",
+    "packed_pools_overlap",
+    "strided_pools",
+    "first_overlapping_window_has_none_before_it",
+    "many_overlapping_windows_close",
+    "every_token_is_a_window",
+    "ratio_not_a_power_of_two_overlap",
+    "rollback_to_within_the_stored_rows",
+    "negative_page",
+    "new_row_absent_holds_no_weight_whatever_it_is",
+    "no_row_present",
+    "scores_of_both_extremes",
+    "scores_all_minus_infinity",
+    "score_nan",
+    "new_row_is_infinite",
+    "large_scores",
+)
+ONE_STEP = (
+    "mtp_overlap_hd128_n4",
+    "mtp_r128_hd128_n4",
+    "bf16_to_bf16_to_fp32",
+    "strided_pools_overlap",
+    "many_windows_close",
+    "ragged_batch",
+    "padding_requests",
+    "empty_batch",
+    "more_output_rows_reserved_than_filled",
+    "rollback_to_within_the_stored_rows",
+    "negative_page",
+    "new_row_absent_holds_no_weight_whatever_it_is",
+    "no_row_present",
+    "fewer_output_rows_reserved_than_windows",
+    "no_output_rows",
+    "more_new_tokens_than_next_n",
+    "tokens_at_both_ends_of_int32",
+    "largest_length",
+)
+
+
+def in_mode(name: str, mode: Mapping[str, object]) -> Call:
+    """The call of a line above in another mode."""
+    return replace(LINES[name](), **mode)
+
+
+LINES = dict(CASES)
+for name in RAW_SCORE:
+    CASES[f"{name}__raw_score"] = partial(in_mode, name, {"ape_in_state": False})
+for name in ONE_STEP:
+    for work in ("store", "reduce"):
+        CASES[f"{name}__{work}"] = partial(in_mode, name, {"work": work})
+for name in ("mtp_overlap_hd128_n4", "mtp_r128_hd128_n4"):
+    for work in ("store", "reduce"):
+        mode = {"work": work, "ape_in_state": False}
+        CASES[f"{name}__{work}_raw_score"] = partial(in_mode, name, mode)

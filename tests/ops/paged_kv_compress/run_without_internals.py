@@ -46,7 +46,7 @@ def main(device: str) -> None:
     call = make([(7, 2), (6, 3), (2, 1)], head_dim=128, device=device)
     for run in ENTRIES.values():
         for _ in range(2):
-            assert_follows_contract(lambda c, run=run: run(*c.args()), call)
+            assert_follows_contract(lambda c, run=run: c.pass_to(run), call)
         refused(run, call)
     if device == "cuda":
         assert_follows_contract(captured, call)
@@ -54,7 +54,7 @@ def main(device: str) -> None:
 
 def refused(run: Callable[..., None], call: Call) -> None:
     try:
-        run(*replace(call, next_n=0).args())
+        replace(call, next_n=0).pass_to(run)
     except ValueError as error:
         assert "next_n is 0" in str(error)
     else:
@@ -64,7 +64,7 @@ def refused(run: Callable[..., None], call: Call) -> None:
 def captured(call: Call) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kvfold.paged_kv_compress(*call.args())
+        call.pass_to(kvfold.paged_kv_compress)
     graph.replay()
 
 

@@ -1,8 +1,8 @@
 """What the host computes for a launch, against what kernel.cuh makes of it."""
 
 import pytest
-from calls import Call, make
-from hypothesis import given
+from calls import WORK, Call, make
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvfold.codegen import Variant
@@ -28,6 +28,8 @@ def test_a_product_and_a_shift_divide(divisor, x):
 
 def jobs(storing: int, ctas: int, share: int) -> list[tuple[bool, int]]:
     """(whether it stores, its number among those that do) of every CTA, as job_of in kernel.cuh."""
+    if storing == ctas:
+        return [(True, cta) for cta in range(ctas)]
     found = []
     for cta in range(ctas):
         before = cta * share >> 32
@@ -38,9 +40,10 @@ def jobs(storing: int, ctas: int, share: int) -> list[tuple[bool, int]]:
     return found
 
 
-@given(st.integers(0, 400), st.integers(1, 400))
+@given(st.integers(0, 400), st.integers(0, 400))
 def test_every_cta_has_a_job_of_its_own(storing, reducing):
     ctas = storing + reducing
+    assume(ctas)
     share = storing_share(storing, ctas)
     assert share < 2**32
     found = jobs(storing, ctas, share)
@@ -93,6 +96,36 @@ def test_the_grid_has_ctas_for_every_slice_and_for_the_store(
     assert (batch * 16 * 4 <= MAX_ITEMS_BY_TOKEN) == by_token
     found = jobs(storing, planned.ctas, planned.values["storing_share"])
     assert sum(stores for stores, _ in found) == storing
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(
+    ("tuning", "reducing", "storing"),
+    [
+        ({"head_slice": 16}, 20, 2),
+        ({"head_slice": 16, "requests_per_cta": 2}, 12, 2),
+        ({"head_slice": 16, "requests_per_cta": 8}, 4, 2),
+    ],
+    ids=str,
+)
+def test_the_grid_has_ctas_for_the_steps_that_are_done(tuning, reducing, storing, work):
+    call = make([(0, 1)] * 5, work=work, **SMALL)
+    planned = plan_of(call, variant_of(call, reduce_warps=8, **tuning))
+    reducing, storing = reducing * (work != "store"), storing * (work != "reduce")
+    assert planned.ctas == reducing + storing
+    assert planned.values["reducing"] == reducing
+    assert (planned.values["stores"], planned.values["reduces"]) == (storing > 0, reducing > 0)
+    found = jobs(storing, planned.ctas, planned.values["storing_share"])
+    assert [stores for stores, _ in found].count(True) == storing
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_fused_grid_is_the_same_whichever_steps_are_done(work):
+    call = make([(0, 1)] * 5, head_dim=256, work=work)
+    planned = plan_of(call, variant_of(call, reduce_warps=1, head_slice=128, fused=True))
+    assert planned.ctas == planned.values["reducing"] == 5 * 2
+    assert planned.values["stores"] == (work != "reduce")
+    assert planned.values["reduces"] == (work != "store")
 
 
 def test_a_storing_thread_of_a_large_batch_has_several_requests_if_registers_suffice():

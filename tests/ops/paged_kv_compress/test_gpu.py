@@ -1,9 +1,11 @@
 """The kernels on a GPU: right, the same bits however they are run, safe, capturable."""
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,15 @@ from pathlib import Path
 import gate
 import pytest
 import torch
-from calls import MUTATED, Call, decode_step, make, random_call, scramble
-from contract import CASES, assert_follows_contract
+from calls import MUTATED, PREFETCH, WORK, Call, decode_step, make, random_call
+from contract import CASES, assert_follows_contract, oracle
+from mode_relations import RELATIONS
 from numerics import assert_same_bits
+from rings import RINGS, decoding, each
 
 import kvfold
 from kvfold.codegen import TableError, Variant, load_table
-from kvfold.ops.paged_kv_compress import oracle
+from kvfold.device.window_shape import vector
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
 from kvfold.runtime import compiler, cubin_cache, dispatch, driver
@@ -28,16 +32,19 @@ pytestmark = pytest.mark.gpu
 OP = torch_op("paged_kv_compress")
 TABLE = load_table()
 BACKENDS = ("cuda", "triton")
-PROBLEMS = list(dict.fromkeys(variant.problem for variant in TABLE.variants))
+PROBLEMS = list(dict.fromkeys(v.problem for v in TABLE.variants if v.op == OP.spec.name))
 
 
-def problem(head_dim: int, ratio: int, kv_dtype: str, state_dtype: str, next_n: int) -> Problem:
+def problem(
+    head_dim: int, ratio: int, kv_dtype: str, state_dtype: str, next_n: int, **others
+) -> Problem:
     return Problem(
         head_dim=head_dim,
         compress_ratio=ratio,
         kv_dtype=kv_dtype,
         state_dtype=state_dtype,
         next_n=next_n,
+        **others,
     )
 
 
@@ -48,11 +55,18 @@ SOME_PROBLEMS = [
     problem(128, 128, "bf16", "bf16", 4),
     problem(512, 4, "bf16", "fp32", 4),
     problem(128, 4, "fp32", "fp32", 1),
+    problem(512, 128, "bf16", "fp32", 8, ape_in_state=False),
+    problem(512, 4, "fp32", "bf16", 4, ape_in_state=False),
+    problem(128, 2, "bf16", "fp32", 2),
 ]
 
 
 def name_of(one: Problem) -> str:
     return "_".join(one.symbol_parts())
+
+
+def id_of(value: Problem | tuple) -> str:
+    return name_of(value) if isinstance(value, Problem) else "_".join(one[0] for _, one in value)
 
 
 def variant_of(call: Call, backend: str = "cuda", **tuning) -> Variant:
@@ -66,18 +80,58 @@ def variants_of(one: Problem, backend: str) -> list[Variant]:
     return found
 
 
+# How a kernel stores and reduces, beside the shape of its CTAs.
+SCHEDULES = {
+    "plain": {},
+    "four_requests": {"requests_per_cta": 4, "store_bytes": 256},
+    "many_requests": {"requests_per_cta": 32},
+    "fused": {"fused": True},
+}
+
+
+def variants_if_legal(one: Problem, *tunings: dict) -> list[Variant]:
+    """CUDA variants of a problem with those of the tunings that can run."""
+    found = []
+    for tuning in tunings:
+        with contextlib.suppress(TableError):
+            variant = Variant(problem=one, backend="cuda", tuning=Tuning(**tuning))
+            variant.check_arch("sm_90")
+            found.append(variant)
+    return found
+
+
+def scheduled(one: Problem, schedule: str) -> Variant:
+    """A CUDA variant with the schedule; the plain one where the problem forbids it."""
+    small = one.compress_ratio <= 8
+    warp = 32 * vector(one.state_dtype)  # columns that one warp has, in which to fuse
+    shape = {"reduce_warps": 1 if small else 4, "head_slice": warp if small else 64}
+    shape["head_slice"] = min(shape["head_slice"], one.head_dim)
+    return variants_if_legal(one, shape | SCHEDULES[schedule], shape)[0]
+
+
 def many_variants(one: Problem) -> list[Variant]:
     """CUDA variants of a problem: those of the table, and others with another tuning."""
+    shapes = itertools.product((1, 2, 8, 16), (16, 32, 128, 512))
+    tunings = ({"reduce_warps": warps, "head_slice": width} for warps, width in shapes)
     found = dict.fromkeys(variants_of(one, "cuda"))
-    for reduce_warps in (1, 2, 8, 16):
-        for head_slice in (16, 32, 128, 512):
-            with contextlib.suppress(TableError):
-                tuning = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
-                variant = Variant(problem=one, backend="cuda", tuning=tuning)
-                variant.check_arch("sm_90")
-                found[variant] = None
+    found |= dict.fromkeys(variants_if_legal(one, *tunings))
+    found |= dict.fromkeys(scheduled(one, schedule) for schedule in SCHEDULES)
     assert len(found) > 8
     return list(found)
+
+
+def compile_ahead(variants: list[Variant]) -> None:
+    """Compiles the CUDA variants among these, several at a time: NVRTC releases Python's lock."""
+    arch = dispatch.arch_of(torch.device("cuda", torch.cuda.current_device()))
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(cubin_cache.compiled, v, arch) for v in variants if v.backend == "cuda"]
+        for job in jobs:
+            job.result()
+
+
+def on_schedule(schedule: str, **mode) -> Callable[[Call], None]:
+    """A function that makes a call with a CUDA variant of the schedule."""
+    return lambda call: run(scheduled(call.problem, schedule), replace(call, **mode))
 
 
 def run(variant: Variant, call: Call) -> None:
@@ -85,11 +139,12 @@ def run(variant: Variant, call: Call) -> None:
 
 
 def run_op(call: Call) -> None:
-    kvfold.paged_kv_compress(*call.args())
+    call.pass_to(kvfold.paged_kv_compress)
 
 
 def assert_all_follow_contract(variants: list[Variant], call: Call) -> None:
-    expected = oracle.expected(call)
+    compile_ahead(variants)
+    expected = oracle(call)
     for variant in variants:
         assert_follows_contract(lambda c, v=variant: run(v, c), call, expected)
 
@@ -128,11 +183,31 @@ BOTH_BACKENDS = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 # ---- Right ---------------------------------------------------------------------------------------
 
 
+LAYOUTS = (("split", 32), ("packed", 7), ("strided", 128))
+
+
+def some_problems_with_all_values() -> dict[Problem, tuple]:
+    """Problems of the table and the layouts to run them in.
+
+    All problems of up to 4 new tokens with ape in the state, ratio 2 apart, are run in all layouts.
+    Of the others, which are many, one pair of dtypes is run in one layout.
+    """
+    found, others = {}, {}
+    for one in PROBLEMS:
+        if one.compress_ratio > 2 and one.next_n <= 4 and one.ape_in_state:
+            found[one] = tuple(enumerate(LAYOUTS))
+        else:
+            key = one.head_dim, one.compress_ratio, one.next_n, one.ape_in_state
+            others.setdefault(key, []).append(one)
+    for number, dtypes in enumerate(others.values()):
+        found[dtypes[number % len(dtypes)]] = (tuple(enumerate(LAYOUTS))[number % 3],)
+    return found
+
+
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("one", PROBLEMS, ids=name_of)
-def test_every_table_variant_follows_the_contract(one, kind):
-    layouts = [("split", 32), ("packed", 7), ("strided", 128)]
-    for seed, (layout, page_size) in enumerate(layouts):
+@pytest.mark.parametrize(("one", "layouts"), some_problems_with_all_values().items(), ids=id_of)
+def test_table_variants_follow_the_contract(one, layouts, kind):
+    for seed, (layout, page_size) in layouts:
         output_dtype = ("bf16", "fp32")[seed % 2]
         call = call_of(
             one, layout=layout, page_size=page_size, output_dtype=output_dtype, seed=seed
@@ -159,7 +234,30 @@ def test_cuda_variants_follow_every_line_of_the_contract(name):
         variant_of(call, reduce_warps=reduce_warps, head_slice=head_slice)
         for reduce_warps, head_slice in ((1, head_dim), (2, 8), (8, min(head_dim, 128)))
     ]
+    variants.append(
+        variant_of(call, reduce_warps=2, head_slice=8, requests_per_cta=4, store_bytes=256)
+    )
+    if head_dim >= 128:
+        variants += [scheduled(call.problem, schedule) for schedule in SCHEDULES]
     assert_all_follow_contract(variants, call)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RELATIONS)
+def test_modes_agree_to_the_bit(name, schedule):
+    RELATIONS[name](on_schedule(schedule), "cuda")
+
+
+RINGS_AND_SCHEDULES = [
+    (kind, schedule)
+    for kind, schedule in itertools.product(RINGS, SCHEDULES)
+    if kind.compress_ratio == 4 or schedule != "fused"
+]
+
+
+@pytest.mark.parametrize(("kind", "schedule"), RINGS_AND_SCHEDULES, ids=str)
+def test_a_ring_gives_the_bits_of_a_state_without_bound(kind, schedule):
+    decoding(kind, 200, "cuda", head_dim=128).compare(each(on_schedule(schedule)))
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -227,13 +325,31 @@ def test_a_problem_without_a_row_is_a_table_error_on_a_gpu():
         assert_same_bits(getattr(call, name), getattr(before, name), name)
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ({"prefetch": "early"}, "prefetch is 'early'; accepted: 'none', 'metadata', 'state'"),
+        ({"work": "both"}, "work is 'both'; accepted: 'all', 'store', 'reduce'"),
+        ({"ape_in_state": 1}, "ape_in_state is 1; accepted: a value of type bool"),
+    ],
+    ids=str,
+)
+def test_a_mode_that_there_is_not_is_refused_and_nothing_is_written(mode, words):
+    call = make([(7, 1)], head_dim=128, ape_in_state="ape_in_state" not in mode, device="cuda")
+    before = call.clone()
+    run_op(before.clone())  # its like is remembered
+    assert refusal(replace(call, **mode)) == f"kvfold.paged_kv_compress: {words}"
+    for name in MUTATED:
+        assert_same_bits(getattr(call, name), getattr(before, name), name)
+
+
 @pytest.mark.parametrize("name", ["kv_score", "paged_kv", "block_table_score", "cu_outputs"])
 def test_a_cpu_tensor_among_gpu_tensors_is_refused(name):
     call = make([(7, 1)], head_dim=128, device="cuda")
     call = replace(call, **{name: getattr(call, name).cpu()})
     for entry in (kvfold.paged_kv_compress, torch.ops.kvfold.paged_kv_compress):
         with pytest.raises(ValueError, match=r"is on .*; accepted: .*, where kv_score is"):
-            entry(*call.args())
+            call.pass_to(entry)
 
 
 # ---- The same bits -------------------------------------------------------------------------------
@@ -243,9 +359,7 @@ def test_a_cpu_tensor_among_gpu_tensors_is_refused(name):
 def test_every_cuda_variant_gives_the_same_bits(one):
     call = call_of(one, page_size=16, output_dtype="fp32")
     variants = many_variants(one)
-    arch = dispatch.arch_of(call.ape.device)
-    with ThreadPoolExecutor(4) as pool:  # NVRTC releases Python's lock
-        list(pool.map(lambda variant: cubin_cache.compiled(variant, arch), variants))
+    compile_ahead(variants)
     first = call.clone()
     run(variants[0], first)
     for variant in variants[1:]:
@@ -332,15 +446,32 @@ def test_random_metadata_touches_nothing_outside(seed, share, kind):
     fields = {"head_dim": 64, "compress_ratio": (4, 16)[seed % 2], "next_n": 4, "reserve": 8}
     layout = ("split", "packed", "strided")[seed % 3]
     call = random_call(seed, **fields, layout=layout, page_size=(3, 16)[seed // 2 % 2])
-    call = scramble(call, share, seed).clone("cuda")
+    call = call.scrambled(share, seed).clone("cuda")
     assert_all_follow_contract([variant_of(call, kind, reduce_warps=2, head_slice=32)], call)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("seed", "work", "ape_in_state"),
+    [(seed, *mode) for seed, mode in enumerate(itertools.product(WORK, (True, False)))],
+)
+def test_random_metadata_touches_nothing_outside_in_any_mode(seed, work, ape_in_state, share):
+    call = random_call(
+        seed, head_dim=128, compress_ratio=4, state_dtype="fp32", next_n=8, reserve=8,
+        page_size=(1, 8)[seed % 2], layout=("split", "packed", "strided")[seed % 3],
+        ape_in_state=ape_in_state, work=work,
+    )  # fmt: skip
+    call = call.scrambled(share, seed).clone("cuda")
+    variants = [scheduled(call.problem, schedule) for schedule in SCHEDULES]
+    variants.append(variant_of(call, "triton", reduce_warps=1, head_slice=64))
+    assert_all_follow_contract(variants, call)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_metadata_touches_nothing_outside_at_production_shape(seed, kind):
     call = call_of(PRODUCTION, page_size=32, reserve=2, seed=seed, device="cpu")
-    call = scramble(call, (0.05, 0.3, 1.0)[seed], seed).clone("cuda")
+    call = call.scrambled((0.05, 0.3, 1.0)[seed], seed).clone("cuda")
     assert_all_follow_contract(variants_of(PRODUCTION, kind), call)
 
 
@@ -383,11 +514,10 @@ def first_use(tmp_path, monkeypatch):
     dispatch.reload()
 
 
-@BOTH_BACKENDS
-def test_a_first_call_can_be_captured_and_replayed_with_other_lengths(first_use, backend):
-    one = problem(128, 4, "bf16", "fp32", 3)
+def capture_and_replay_with_other_lengths(**mode) -> None:
+    one = problem(128, 4, "bf16", "fp32", 3, ape_in_state=mode.get("ape_in_state", True))
     steps = [
-        call_of(one, spans=spans, page_size=8, reserve=2, seed=seed)
+        replace(call_of(one, spans=spans, page_size=8, reserve=2, seed=seed), **mode)
         for seed, spans in enumerate([[(9, 3), (8, 3), (0, 0)], [(1, 3), (11, 3), (0, 0)]])
     ]
     static = steps[0].clone()
@@ -411,6 +541,21 @@ def test_a_first_call_can_be_captured_and_replayed_with_other_lengths(first_use,
     assert shapes[0] == shapes[1]
     for step in [*steps, steps[0]]:
         assert_follows_contract(replay, step)
+
+
+@BOTH_BACKENDS
+def test_a_first_call_can_be_captured_and_replayed_with_other_lengths(first_use, backend):
+    capture_and_replay_with_other_lengths()
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_every_mode_can_be_captured_and_replayed(prefetch, work, backend):
+    for ape_in_state in (True, False):
+        capture_and_replay_with_other_lengths(
+            prefetch=prefetch, work=work, ape_in_state=ape_in_state
+        )
 
 
 def test_a_call_launches_on_the_current_stream_and_never_synchronises():
@@ -445,9 +590,10 @@ def test_a_call_is_one_launch(monkeypatch):
         return launch(*args)
 
     monkeypatch.setattr(kernel, "cu_launch", counted)
-    for count in range(1, 4):
-        run_op(call)
-        torch.ops.kvfold.paged_kv_compress(*call.args())
+    modes = [{"work": work, "prefetch": prefetch} for work in WORK for prefetch in PREFETCH]
+    for count, mode in enumerate([{}, {}, {}, *modes], 1):
+        run_op(replace(call, **mode))
+        replace(call, **mode).pass_to(torch.ops.kvfold.paged_kv_compress)
         assert len(launches) == 2 * count
 
 
@@ -456,9 +602,9 @@ def test_repeated_calls_skip_the_dispatcher_and_follow_the_contract(monkeypatch)
     torch_op = OP._torch_op
     dispatched = []
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         dispatched.append(args)
-        torch_op(*args)
+        torch_op(*args, **kwargs)
 
     monkeypatch.setattr(OP, "_torch_op", counted)
     one = problem(128, 4, "bf16", "fp32", 4)
@@ -470,7 +616,7 @@ def test_repeated_calls_skip_the_dispatcher_and_follow_the_contract(monkeypatch)
         assert len(dispatched) == number
 
 
-def chain(one: Problem, prefetch_state: bool, layers: int = 6) -> list[torch.Tensor]:
+def chain(one: Problem, prefetch: str, layers: int = 6) -> list[torch.Tensor]:
     """Steps of decoding in one captured graph, on `layers` states with common metadata.
 
     A kernel right before each call computes the call's new tokens.
@@ -484,7 +630,7 @@ def chain(one: Problem, prefetch_state: bool, layers: int = 6) -> list[torch.Ten
     ]
     shared = {name: getattr(made[0], name) for name in WORKLOAD.metadata}
     kv_score = torch.empty_like(made[0].kv_score)  # one buffer for all layers
-    shared |= {"kv_score": kv_score, "prefetch_state": prefetch_state}
+    shared |= {"kv_score": kv_score, "prefetch": prefetch}
     states = [replace(call, **shared) for call in made]
     weights = torch.randn(3, 64, kv_score.size(1), device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(kv_score.size(0), 64, device="cuda", dtype=torch.bfloat16)
@@ -508,17 +654,42 @@ def chain(one: Problem, prefetch_state: bool, layers: int = 6) -> list[torch.Ten
     return [torch.stack(written), *pools]
 
 
-@pytest.mark.parametrize("one", [PRODUCTION, problem(128, 4, "bf16", "fp32", 2)], ids=name_of)
-def test_prefetching_the_state_changes_no_bit(one):
+@pytest.mark.parametrize("prefetch", ["metadata", "state"])
+@pytest.mark.parametrize(
+    "one",
+    [
+        PRODUCTION,
+        problem(128, 4, "bf16", "fp32", 2),
+        problem(512, 4, "bf16", "fp32", 8, ape_in_state=False),
+    ],
+    ids=name_of,
+)
+def test_prefetching_changes_no_bit(one, prefetch):
     results = []
-    for prefetch_state in (False, True):
+    for mode in ("none", prefetch):
         torch.manual_seed(0)
-        results.append(chain(one, prefetch_state))
+        results.append(chain(one, mode))
     for mine, other in zip(*results, strict=True):
         assert_same_bits(mine, other)
 
 
-def test_calls_in_a_row_on_one_state_see_each_other_without_prefetch():
+@pytest.mark.parametrize("prefetch", ["none", "metadata"])
+@pytest.mark.parametrize(("kind", "schedule"), RINGS_AND_SCHEDULES, ids=str)
+def test_a_ring_in_a_graph_gives_the_bits_of_a_state_without_bound(kind, schedule, prefetch):
+    """Each call reads rows that the one before it stores, or stores rows that it reads."""
+    one = on_schedule(schedule, prefetch=prefetch)
+
+    def replay(calls) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            each(one)(calls)
+        graph.replay()
+
+    decoding(kind, 60, "cuda", head_dim=128).compare(each(on_schedule(schedule)), replay)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "metadata"])
+def test_calls_in_a_row_on_one_state_see_each_other(prefetch):
     """Each call overlaps the one before it (programmatic dependent launch) and must still wait."""
     call, want = (decode_step(batch=40, head_dim=128, device="cuda") for _ in range(2))
     # A whole window of new rows, each of which the last step reads back.
@@ -529,7 +700,7 @@ def test_calls_in_a_row_on_one_state_see_each_other_without_prefetch():
 
     def run_steps():
         for step in steps:
-            run_op(replace(call, **step))
+            run_op(replace(call, prefetch=prefetch, **step))
 
     run_steps()
     graph = torch.cuda.CUDAGraph()
@@ -582,25 +753,34 @@ def test_a_second_gpu_of_the_same_process(backend):
         assert torch.cuda.current_device() == 0
 
 
-def test_torch_compile_with_inductor():
+# Two steps are two calls on one state, whose order the compiler must keep.
+@pytest.mark.parametrize("works", [("all",), ("reduce", "store")])
+@pytest.mark.parametrize("mode", [{}, {"prefetch": "metadata", "ape_in_state": False}], ids=str)
+def test_torch_compile_with_inductor(mode, works):
     def step(weight, *arguments):
         kv_score, *rest = arguments
-        kvfold.paged_kv_compress((kv_score @ weight) * 1.0, *rest)
+        for work in works:
+            kvfold.paged_kv_compress((kv_score @ weight) * 1.0, *rest, work=work, **mode)
         return rest[5].float().nan_to_num().sum()  # of the output
 
+    torch._dynamo.reset()
     eager, compiled = (decode_step(batch=8, layout="packed", device="cuda") for _ in range(2))
     weight = torch.eye(eager.kv_score.size(1), dtype=torch.bfloat16, device="cuda")
-    want = step(weight, *eager.args())
-    got = torch.compile(step, fullgraph=True)(weight, *compiled.args())
+    args, _ = eager.args_and_kwargs()
+    want = step(weight, *args)
+    got = torch.compile(step, fullgraph=True)(weight, *compiled.args_and_kwargs()[0])
     assert want != 0
     torch.testing.assert_close(got, want)
     for name in MUTATED:
         assert_same_bits(getattr(compiled, name), getattr(eager, name), name)
 
 
-def test_opcheck():
-    call = decode_step(batch=4, device="cuda")
-    torch.library.opcheck(torch.ops.kvfold.paged_kv_compress.default, call.args())
+@pytest.mark.parametrize(
+    "mode", [{}, {"prefetch": "state", "ape_in_state": False}, {"work": "reduce"}], ids=str
+)
+def test_opcheck(mode):
+    args, kwargs = replace(decode_step(batch=4, device="cuda"), **mode).args_and_kwargs()
+    torch.library.opcheck(torch.ops.kvfold.paged_kv_compress.default, args, kwargs)
 
 
 def test_the_op_works_with_a_torch_that_lacks_the_private_parts():

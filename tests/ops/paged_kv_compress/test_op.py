@@ -13,6 +13,7 @@ import torch.utils._python_dispatch
 from calls import MUTATED, Call, decode_step, make
 from contract import assert_follows_contract
 from numerics import assert_same_bits
+from rings import RINGS, decoding, each
 
 import kvfold
 from kvfold.codegen import Variant
@@ -25,13 +26,19 @@ from kvfold.runtime.torch_op import TorchOp, torch_op
 
 OP = torch_op("paged_kv_compress")
 NAMES = tuple(one.name for one in Arguments.declared())
+POSITIONAL = tuple(one.name for one in Arguments.declared() if not getattr(one, "keyword", False))
 TENSORS = tuple(one.name for one in Arguments.declared_tensors())
+
+
+def by_name(call: Call) -> dict:
+    """A call's arguments by name."""
+    return dict(zip(NAMES, call.args(), strict=True))
 
 
 def small(**changes) -> dict:
     """A small call's arguments by name."""
     fields = {"head_dim": 16, "compress_ratio": 4, "next_n": 2, "batch": 3, "page_size": 4}
-    return dict(zip(NAMES, decode_step(**fields | changes).args(), strict=True))
+    return by_name(decode_step(**fields | changes))
 
 
 def by_function(arguments: dict) -> None:
@@ -69,6 +76,7 @@ def test_the_signature_is_the_declaration():
         )
         for one in Arguments.declared()
     ]
+    assert tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) == POSITIONAL
     types = {one.name: one.type.__name__ for one in Arguments.declared_scalars()}
     assert [p.annotation for p in parameters] == [types.get(name, "Tensor") for name in NAMES]
 
@@ -83,9 +91,10 @@ def test_the_docstring_explains_every_argument_in_order():
         assert ("mutated" in line) == one.mutated, one.name
 
 
-def test_check_takes_the_arguments_that_have_no_default():
-    required = [one.name for one in Arguments.declared() if getattr(one, "default", None) is None]
-    assert list(inspect.signature(kvfold.check).parameters) == required
+def test_check_takes_all_arguments_but_prefetch():
+    declared = dict(inspect.signature(kvfold.paged_kv_compress).parameters)
+    del declared["prefetch"]
+    assert dict(inspect.signature(kvfold.check).parameters) == declared
 
 
 def test_the_schema_declares_what_is_written():
@@ -97,14 +106,16 @@ def test_the_schema_declares_what_is_written():
     ]
     assert written == ["paged_kv", "paged_score", "output"]
     assert tuple(argument.name for argument in schema.arguments) == NAMES
-    assert [a.default_value for a in schema.arguments if a.has_default_value()] == [False]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    assert defaults == {"prefetch": "none", "ape_in_state": True, "work": "all"}
+    assert {a.name for a in schema.arguments if a.kwarg_only} == defaults.keys()
 
 
 def test_arguments_may_be_given_by_name_or_in_order():
     by_name, in_order, by_op = small(), small(), small()
     kvfold.paged_kv_compress(**by_name)
-    kvfold.paged_kv_compress(*list(in_order.values())[:-1])  # without prefetch_state
-    torch.ops.kvfold.paged_kv_compress(*by_op.values())
+    kvfold.paged_kv_compress(*(in_order[name] for name in POSITIONAL))
+    torch.ops.kvfold.paged_kv_compress(*(by_op[name] for name in POSITIONAL))
     for name in MUTATED:
         assert_same_bits(by_name[name], in_order[name], name)
         assert_same_bits(by_name[name], by_op[name], name)
@@ -115,6 +126,10 @@ def test_a_missing_and_an_unknown_argument_are_a_type_error():
     arguments = small()
     with pytest.raises(TypeError, match="head_dim"):
         kvfold.paged_kv_compress(**arguments, head_dim=16)
+    with pytest.raises(TypeError, match="takes 12 positional arguments but 13 were given"):
+        kvfold.paged_kv_compress(*list(arguments.values())[:13])
+    with pytest.raises(TypeError, match="prefetch_state"):
+        kvfold.paged_kv_compress(**arguments, prefetch_state=True)
     del arguments["next_n"]
     with pytest.raises(TypeError, match="next_n"):
         kvfold.paged_kv_compress(**arguments)
@@ -210,6 +225,9 @@ BAD = {
     "compress_ratio": ("compress_ratio", lambda r: 0, "1 or more"),
     "next_n below": ("next_n", lambda n: -1, "1, 2, "),
     "next_n above": ("next_n", lambda n: 17, r"1, 2, .*16 \(integer\)"),
+    "prefetch": ("prefetch", lambda word: "early", "'none', 'metadata', 'state'$"),
+    "work": ("work", lambda word: "both", "'all', 'store', 'reduce'$"),
+    "no work": ("work", lambda word: "", "'all', 'store', 'reduce'$"),
 }
 # What an argument may be instead of a strided tensor: the error through kvfold, and the type of the
 # error through torch.ops. There torch itself refuses what the schema does not allow (RuntimeError)
@@ -244,10 +262,10 @@ def test_a_bad_argument_is_named_and_nothing_is_written(fault, run):
     assert_unchanged(arguments, before)
 
 
-@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("fault", [fault for fault in BAD if fault != "prefetch"])
 def test_kvfold_check_refuses_the_same_arguments(fault):
     arguments, message = spoiled(fault)
-    del arguments["prefetch_state"]
+    del arguments["prefetch"]
     with pytest.raises(ValueError, match=message):
         kvfold.check(**arguments)
 
@@ -282,18 +300,25 @@ def test_a_meta_tensor_among_cpu_tensors_is_refused(name, run):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("compress_ratio", None), ("compress_ratio", "4"), ("next_n", 2.0), ("next_n", [2]),
-     ("next_n", torch.tensor(2)), ("prefetch_state", None), ("prefetch_state", 1)],
+     ("next_n", torch.tensor(2)), ("prefetch", None), ("prefetch", True), ("prefetch", 1),
+     ("ape_in_state", None), ("ape_in_state", 1), ("ape_in_state", "true"), ("work", None),
+     ("work", b"all")],
     ids=str,
 )  # fmt: skip
-def test_a_scalar_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} is .*; accepted: a value of type"):
-        kvfold.paged_kv_compress(**small() | {name: value})
+def test_a_scalar_of_another_type_is_refused_and_nothing_is_written(name, value):
+    arguments = small()
+    before = copies(arguments)
+    kind = {one.name: one.type.__name__ for one in Arguments.declared_scalars()}[name]
+    message = rf"^kvfold\.paged_kv_compress: {name} is .*; accepted: a value of type {kind}$"
+    with pytest.raises(ValueError, match=message):
+        kvfold.paged_kv_compress(**arguments | {name: value})
+    assert_unchanged(arguments, before)
 
 
 def test_integers_of_numpy_are_integers():
     arguments, expected = small(), small()
     kvfold.paged_kv_compress(**expected)
-    numbers = {"compress_ratio": np.int64(4), "next_n": np.int32(2), "prefetch_state": np.True_}
+    numbers = {"compress_ratio": np.int64(4), "next_n": np.int32(2), "ape_in_state": np.True_}
     kvfold.paged_kv_compress(**arguments | numbers)
     assert_unchanged(arguments, expected)
 
@@ -302,7 +327,7 @@ def test_integers_of_numpy_are_integers():
 def test_a_head_dim_that_the_table_lacks_runs_on_the_cpu(run):
     """The reference needs no row. A problem that no row could solve is refused; see BAD."""
     call = make([(7, 2), (14, 1)], head_dim=40, compress_ratio=8)
-    assert_follows_contract(lambda c: run(dict(zip(NAMES, c.args(), strict=True))), call)
+    assert_follows_contract(lambda c: run(by_name(c)), call)
 
 
 @ENTRIES
@@ -476,8 +501,11 @@ def test_run_variant_refuses_a_variant_of_another_problem():
     other = replace(call.problem, next_n=3)
     tuning = Tuning(reduce_warps=1, head_slice=16)
     variant = Variant(problem=other, backend="triton", tuning=tuning)
-    with pytest.raises(ValueError, match=r"next_n 3; got .*next_n 2"):
+    with pytest.raises(ValueError, match=r"next_n 3, .*; got .*next_n 2, "):
         OP.run_variant(variant, *call.args())
+    raw = replace(call, next_n=3, ape_in_state=False)
+    with pytest.raises(ValueError, match=r"ape_in_state true; got .*ape_in_state false"):
+        OP.run_variant(variant, *raw.args())
     with pytest.raises(ValueError, match="ape is"):
         OP.run_variant(variant, *replace(call, ape=call.ape[:1]).args())
 
@@ -570,13 +598,18 @@ def test_a_repeated_call_is_launched_without_the_dispatcher(launches, repeated):
 
 def test_calls_that_differ_in_a_scalar_are_not_taken_for_each_other(repeated):
     arguments = small()
+    others = [
+        {"prefetch": "metadata"}, {"prefetch": "state"}, {"ape_in_state": False},
+        {"work": "store"}, {"work": "reduce"}, {"next_n": 3},
+    ]  # fmt: skip
     by_function(arguments)
-    by_function(arguments | {"prefetch_state": True})
-    by_function(arguments | {"next_n": 3})
+    for other in others:
+        by_function(arguments | other)
     assert repeated == []
-    by_function(arguments | {"prefetch_state": True})
+    for other in others:
+        by_function(arguments | other)
     by_function(arguments)
-    assert repeated == ["direct", "direct"]
+    assert repeated == ["direct"] * (len(others) + 1)
 
 
 def test_calls_that_differ_in_a_stride_are_not_taken_for_each_other(launches, repeated):
@@ -593,9 +626,9 @@ def test_a_call_of_another_thread_in_between_does_not_lend_its_strides(launches,
     wide = arguments | {"paged_kv": padded(arguments["paged_kv"], 8)}
     torch_op = OP._torch_op
 
-    def interrupted(*args):
-        torch_op(*args)
-        torch_op(*wide.values())
+    def interrupted(*args, **kwargs):
+        torch_op(*args, **kwargs)
+        torch_op(**wide)
 
     monkeypatch.setattr(OP, "_torch_op", interrupted)
     by_function(arguments)
@@ -696,11 +729,21 @@ def test_the_op_works_with_a_torch_that_lacks_the_private_parts():
 # ---- torch.library and torch.compile -------------------------------------------------------------
 
 
+MODES = [
+    {},
+    {"prefetch": "metadata"},
+    {"prefetch": "state", "ape_in_state": False},
+    {"work": "store"},
+    {"work": "reduce", "ape_in_state": False},
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("layout", ["split", "packed"])
-def test_opcheck(layout):
-    torch.library.opcheck(
-        torch.ops.kvfold.paged_kv_compress.default, tuple(small(layout=layout).values())
-    )
+def test_opcheck(layout, mode):
+    arguments = small(layout=layout)
+    positional = tuple(arguments[name] for name in POSITIONAL)
+    torch.library.opcheck(torch.ops.kvfold.paged_kv_compress.default, positional, mode)
 
 
 def test_fake_tensors_need_no_data():
@@ -716,33 +759,62 @@ def test_fake_tensors_need_no_data():
             by_dispatcher(fakes | {"ape": mode.from_tensor(meta)})
 
 
-@pytest.mark.parametrize("layout", ["split", "packed"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_fullgraph(layout, dynamic):
-    def step(scale, *arguments):
-        kv_score, *rest = arguments
-        kvfold.paged_kv_compress(kv_score * scale, *rest)
-        return rest[5] + 1  # the output
+@pytest.mark.parametrize(
+    ("layout", "dynamic", "mode"),
+    [
+        *((layout, dynamic, {}) for layout in ("split", "packed") for dynamic in (False, True)),
+        *(("split", False, mode) for mode in MODES[1:]),
+    ],
+    ids=str,
+)
+def test_torch_compile_fullgraph(layout, dynamic, mode):
+    def step(scale, kv_score, **others):
+        kvfold.paged_kv_compress(kv_score * scale, **others)
+        return others["output"] + 1
 
-    eager, compiled = small(layout=layout), small(layout=layout)
+    eager, compiled = (small(layout=layout) | mode for _ in range(2))
+    before = copies(eager)
     scale = torch.tensor(0.5)
-    want = step(scale, *eager.values())
+    want = step(scale, **eager)
     torch._dynamo.reset()
     program = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    got = program(scale, *compiled.values())
-    assert not got.isnan().all()
+    got = program(scale, **compiled)
+    assert got.isnan().all() == (mode.get("work") == "store")
+    assert torch.equal(compiled["paged_kv"], before["paged_kv"]) == (mode.get("work") == "reduce")
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert_unchanged(compiled, eager)
+
+
+def test_a_compiled_function_serves_a_ring_in_two_calls():
+    """torch.compile keeps their order: the first reads the state, the second writes it."""
+
+    def step(arguments):
+        kvfold.paged_kv_compress(**arguments, work="reduce")
+        kvfold.paged_kv_compress(**arguments, work="store")
+
+    (kind,) = (ring for ring in RINGS if str(ring) == "r4_rows8_n8_two_calls")
+    program = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def run_ring(calls):
+        for call in calls[::2]:
+            arguments = by_name(call)
+            del arguments["work"]
+            program(arguments)
+
+    decoding(kind, steps=6).compare(each(reference.run), run_ring)
 
 
 # ---- check ---------------------------------------------------------------------------------------
 
 
+def for_check(arguments: dict) -> dict:
+    """The arguments of kvfold.check for a call."""
+    return {name: value for name, value in arguments.items() if name != "prefetch"}
+
+
 def metadata(**changes) -> dict:
     """The arguments of kvfold.check for a small call."""
-    arguments = small(**changes)
-    del arguments["prefetch_state"]
-    return arguments
+    return for_check(small(**changes))
 
 
 @pytest.mark.parametrize("scenario", ["all-hit", "spread", "no-hit"])
@@ -810,9 +882,83 @@ def test_check_accepts_pages_that_requests_share_and_do_not_write():
     call = make([(7, 1), (7, 1)], compress_ratio=8, page_size=4)
     for table in (call.block_table_kv, call.block_table_score):
         table[1, 0] = table[0, 0]
-    arguments = dict(zip(NAMES, call.args(), strict=True))
-    del arguments["prefetch_state"]
-    kvfold.check(**arguments)
+    kvfold.check(**for_check(by_name(call)))
+
+
+def in_one_page(work: str, span: tuple[int, int] = (6, 3), **fields) -> dict:
+    """A call whose state is a ring of one page of 8 rows, which holds a window and that before."""
+    call = make([span], page_size=8, work=work, **fields)
+    for table in (call.block_table_kv, call.block_table_score):
+        table[:] = table[:, :1]
+    return for_check(by_name(call))
+
+
+def test_check_finds_rows_that_a_window_reads_and_the_call_overwrites():
+    """Position 8 lies in the row of position 0, which the window of positions 0 to 7 reads."""
+    for table in ("block_table_kv", "block_table_score"):
+        arguments = in_one_page("all")
+        other = next(name for name in ("block_table_kv", "block_table_score") if name != table)
+        arguments[other] = make([(6, 3)], page_size=8).block_table_kv
+        message = (
+            rf"request 0: {table}\[0, 1\], with the row of position 8, is \d; accepted: a page"
+            r' without the row of position 0, .* work "reduce", then one with "store"$'
+        )
+        with pytest.raises(ValueError, match=message):
+            kvfold.check(**arguments)
+    for work in ("reduce", "store"):
+        kvfold.check(**in_one_page(work))
+    kvfold.check(**in_one_page("all", (6, 2)))  # ends with the window
+    kvfold.check(**in_one_page("all", (8, 3)))  # no window closes
+
+
+@pytest.mark.parametrize("work", ["all", "store"])
+def test_check_finds_a_row_that_two_new_tokens_have(work):
+    arguments = in_one_page(work, (8, 9), compress_ratio=128, next_n=9)
+    message = r"position 16, is \d; accepted: a page without the row of position 8, which this call"
+    with pytest.raises(ValueError, match=message):
+        kvfold.check(**arguments)
+    kvfold.check(**arguments | {"work": "reduce"})
+    kvfold.check(**in_one_page(work, (8, 8), compress_ratio=128, next_n=8))
+
+
+def test_check_looks_at_what_the_steps_of_work_need():
+    """One of four new tokens closes a window; the table has 4 rows a page."""
+    arguments = for_check(by_name(make([(7, 4)])))
+    first, second, last = ({"work": work} for work in ("all", "store", "reduce"))
+    kvfold.check(**arguments | first)
+
+    def passes(mode: dict, **changes) -> bool:
+        try:
+            kvfold.check(**arguments | changes | mode)
+        except ValueError:
+            return False
+        return True
+
+    def without(page: int) -> dict:
+        table = arguments["block_table_kv"].clone()
+        table[0, page] = -1
+        return {"block_table_kv": table}
+
+    for changes, accepted in (
+        ({"cu_outputs": torch.zeros(2, dtype=torch.int32)}, [False, True, False]),
+        (without(0), [False, True, False]),  # old rows alone
+        (without(1), [False, False, False]),  # old rows and a new one
+        (without(2), [False, False, True]),  # new rows that no window reads
+    ):
+        assert [passes(mode, **changes) for mode in (first, second, last)] == accepted
+    # Without a window that closes, there is nothing to reduce.
+    arguments = for_check(by_name(make([(8, 3)])))
+    assert [passes(mode, **without(2)) for mode in (first, second, last)] == [False, False, True]
+
+
+def test_check_of_two_requests_that_write_one_page_is_for_calls_that_store():
+    arguments = for_check(by_name(make([(7, 1), (7, 1)])))
+    for name in ("block_table_kv", "block_table_score"):
+        arguments[name][1] = arguments[name][0]
+    for work in ("all", "store"):
+        with pytest.raises(ValueError, match="request 0 writes this one too"):
+            kvfold.check(**arguments | {"work": work})
+    kvfold.check(**arguments | {"work": "reduce"})
 
 
 def test_check_checks_the_arguments_first():
@@ -824,16 +970,17 @@ def test_check_checks_the_arguments_first():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ape_in_state", [False, True])
 @pytest.mark.parametrize("layout", ["split", "packed", "strided"])
-def test_the_arguments_tell_the_problem_and_the_batch(overlap, layout):
+def test_the_arguments_tell_the_problem_and_the_batch(overlap, layout, ape_in_state):
     call: Call = make(
         [(7, 2), (4, 1)], head_dim=24, compress_ratio=5, overlap=overlap, kv_dtype="fp32",
-        state_dtype="bf16", next_n=3, layout=layout,
+        state_dtype="bf16", next_n=3, layout=layout, ape_in_state=ape_in_state,
     )  # fmt: skip
     found = check(SPEC, call)
     assert found.problem == call.problem
     assert (found.size, found.device) == (2, torch.device("cpu"))
     assert found.problem.values() == {
         "head_dim": 24, "compress_ratio": 5, "overlap": overlap, "kv_dtype": "fp32",
-        "state_dtype": "bf16", "next_n": 3,
+        "state_dtype": "bf16", "next_n": 3, "ape_in_state": ape_in_state,
     }  # fmt: skip

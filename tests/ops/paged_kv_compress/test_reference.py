@@ -4,16 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import MUTATED, Call, make, random_call, scramble
-from contract import CASES, assert_follows_contract, with_values
+from calls import MUTATED, Call, make, random_call
+from contract import CASES, assert_follows_contract, oracle, with_values
+from mode_relations import RELATIONS
 from numerics import assert_same_bits
+from rings import RINGS, decoding, each
 
-from kvfold.ops.paged_kv_compress import oracle, reference
+from kvfold.ops import state_reference
+from kvfold.ops.paged_kv_compress import reference
 
 
 def run_oracle(call: Call) -> None:
     """The oracle as an implementation."""
-    for name, expected in oracle.expected(call).items():
+    for name, expected in oracle(call).items():
         getattr(call, name).copy_(expected)
 
 
@@ -62,7 +65,17 @@ def test_the_reference_runs_random_calls(seed):
 @pytest.mark.parametrize("share", [0.03, 0.2, 1])
 @pytest.mark.parametrize("seed", range(40))
 def test_the_reference_is_safe_for_any_metadata(seed, share):
-    assert_follows_contract(reference.run, scramble(random_call(seed, reserve=8), share, seed))
+    assert_follows_contract(reference.run, random_call(seed, reserve=8).scrambled(share, seed))
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_modes_agree_to_the_bit(name):
+    RELATIONS[name](reference.run, "cpu")
+
+
+@pytest.mark.parametrize("kind", RINGS, ids=str)
+def test_a_ring_gives_the_bits_of_a_state_without_bound(kind):
+    decoding(kind, steps=200).compare(each(reference.run))
 
 
 @pytest.mark.gpu
@@ -72,6 +85,20 @@ def test_the_reference_follows_the_contract_on_a_gpu():
 
 
 # By hand: store.
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("state_dtype", ["bf16", "fp32"])
+def test_a_state_without_ape_holds_kv_and_score_as_they_are(run, kv_dtype, state_dtype):
+    call = make(
+        [(6, 3)], compress_ratio=8, kv_dtype=kv_dtype, state_dtype=state_dtype, ape_in_state=False
+    )
+    result = run(call)
+    for t, token in enumerate(call.kv_score):
+        kv = row(result.paged_kv, call.block_table_kv, 6 + t)
+        score = row(result.paged_score, call.block_table_score, 6 + t)
+        assert_same_bits(kv, token[:16].to(kv.dtype))
+        assert_same_bits(score, token[16:].to(kv.dtype))
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp32"])
@@ -108,6 +135,20 @@ def test_window_is_a_softmax_over_its_rows(run):
     torch.testing.assert_close(result.output[0].double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("work", ["all", "reduce"])
+def test_ape_is_added_in_fp32_to_the_rounded_scores_of_a_state_without_it(run, work):
+    """New rows, which the state may not hold yet, have the score that it will hold."""
+    call = make(
+        [(14, 3)], compress_ratio=8, state_dtype="bf16", kv_dtype="fp32", ape_in_state=False,
+        work=work,
+    )  # fmt: skip
+    kv, score = rows(call, range(8, 14))
+    new_kv, new_score = call.kv_score[:2].bfloat16().double().split(16, dim=1)
+    score = torch.cat([score, new_score]).float() + call.ape
+    expected = compress(torch.cat([kv, new_kv]), score.double())
+    torch.testing.assert_close(run(call).output[0].double(), expected, atol=1e-5, rtol=0)
+
+
 def test_overlapping_window_takes_half_of_the_columns_of_each(run):
     result = run(make([(6, 3)], output_dtype="fp32"))
     (kv0, score0), (kv1, score1) = rows(result, range(0, 4)), rows(result, range(4, 8))
@@ -137,6 +178,25 @@ def test_counts_the_windows_that_close(run, start, new, closed):
     result = run(call)
     written = (result.output != call.output).all(1)
     assert written.tolist() == [True] * closed + [False] * (4 - closed)
+
+
+# By hand: one step.
+
+
+def test_store_alone_writes_rows_and_no_output(run):
+    call = make([(6, 3), (0, 4)])
+    result, both = run(replace(call, work="store")), run(call)
+    assert_same_bits(result.paged_kv, both.paged_kv)
+    assert_same_bits(result.paged_score, both.paged_score)
+    assert_same_bits(result.output, call.output)
+
+
+def test_reduce_alone_writes_output_and_no_row(run):
+    call = make([(6, 3), (0, 4)])
+    result, both = run(replace(call, work="reduce")), run(call)
+    assert_same_bits(result.paged_kv, call.paged_kv)
+    assert_same_bits(result.paged_score, call.paged_score)
+    assert_same_bits(result.output, both.output)
 
 
 # By hand: values that are not numbers. The column is 1; 7 of the window's 8 rows are stored.
@@ -315,7 +375,7 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch):
     call = make([(5, 7), (12, 8), (0, 4)], next_n=8, output_dtype="fp32")
     whole, chunked = call.clone(), call.clone()
     reference.run(whole)
-    monkeypatch.setattr(reference, "CHUNK", 1)
+    monkeypatch.setattr(state_reference, "CHUNK", 1)
     reference.run(chunked)
     assert_same_bits(chunked.output, whole.output)
 

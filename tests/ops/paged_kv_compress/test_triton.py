@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import Call, make, random_call, scramble
+from calls import Call, make, random_call
 from contract import CASES, assert_follows_contract
+from mode_relations import RELATIONS
 from numerics import assert_same_bits
+from rings import RINGS, decoding, each
 
 from kvfold.codegen import Variant
 from kvfold.ops.paged_kv_compress import triton_kernel
@@ -45,10 +47,15 @@ def test_the_kernel_follows_the_contract(name):
 
 
 @pytest.mark.parametrize(
-    ("compress_ratio", "overlap", "kv_dtype", "state_dtype", "next_n"),
-    list(itertools.product((4, 8), (False, True), *[("bf16", "fp32")] * 2, (1, 2, 3, 4))),
+    ("compress_ratio", "overlap", "kv_dtype", "state_dtype", "next_n", "ape_in_state"),
+    [
+        *itertools.product((4, 8), (False, True), *[("bf16", "fp32")] * 2, (1, 2, 3, 4), (True,)),
+        *itertools.product((4, 8), (False, True), *[("bf16", "fp32")] * 2, (3,), (False,)),
+    ],
 )
-def test_every_problem_field_takes_effect(compress_ratio, overlap, kv_dtype, state_dtype, next_n):
+def test_every_problem_field_takes_effect(
+    compress_ratio, overlap, kv_dtype, state_dtype, next_n, ape_in_state
+):
     call = make(
         [(compress_ratio - 1, 1), (2 * compress_ratio - next_n, next_n)],
         compress_ratio=compress_ratio,
@@ -56,9 +63,21 @@ def test_every_problem_field_takes_effect(compress_ratio, overlap, kv_dtype, sta
         kv_dtype=kv_dtype,
         state_dtype=state_dtype,
         next_n=next_n,
+        ape_in_state=ape_in_state,
         device=DEVICE,
     )
     assert_follows_contract(run, call)
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_modes_agree_to_the_bit(name):
+    RELATIONS[name](run, DEVICE)
+
+
+@pytest.mark.parametrize("kind", RINGS, ids=str)
+def test_a_ring_gives_the_bits_of_a_state_without_bound(kind):
+    steps = 200 if DEVICE == "cuda" else 5  # a window of each request closes within five
+    decoding(kind, steps, DEVICE, head_dim=8).compare(each(run))
 
 
 @pytest.mark.parametrize("seed", range(5 if DEVICE == "cuda" else 20))  # a GPU compiles each
@@ -69,7 +88,7 @@ def test_the_kernel_runs_random_calls(seed):
 @pytest.mark.parametrize("share", [0.03, 0.2, 1])
 @pytest.mark.parametrize("seed", range(2 if DEVICE == "cuda" else 8))
 def test_the_kernel_is_safe_for_any_metadata(seed, share):
-    assert_follows_contract(run, scramble(random_call(seed, reserve=8, device=DEVICE), share, seed))
+    assert_follows_contract(run, random_call(seed, reserve=8, device=DEVICE).scrambled(share, seed))
 
 
 @pytest.mark.parametrize("tuning", [(1, 8), (2, 64), (8, 16), (4, 32)], ids=str)

@@ -1,16 +1,26 @@
-"""What paged_kv_compress must do, in float64 and in loops: the contract to read and to test by."""
+"""What the state ops must do, in float64 and in loops: the contract to read and to test by."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.ops.paged_kv_compress.spec import Arguments
+Stored = Callable[[int, int, int], bool]  # (start, length, position) -> whether a new row is stored
 
 
-def expected(arguments: Arguments) -> dict[str, Tensor]:
-    """paged_kv, paged_score and output as the op must leave them; changes no argument.
+def expected(
+    arguments: Any, most_new: int | None, stored: Stored | None = None
+) -> dict[str, Tensor]:
+    """paged_kv, paged_score and output as a state op must leave them; changes no argument.
 
     The results are on the CPU, the state in its own dtype and output in float64. What the op does
     not write is as it was.
+
+    Args:
+        arguments: of paged_kv_compress or prefill_compress.
+        most_new: new tokens of a request that the op accepts; None for any number.
+        stored: which new rows are stored; None for all.
     """
     a = arguments
     kv_score, ape = a.kv_score.cpu(), a.ape.cpu()
@@ -34,24 +44,31 @@ def expected(arguments: Arguments) -> dict[str, Tensor]:
             return None
         return page_kv, page_score, position % page_size
 
+    def new_row(token: int, position: int) -> tuple[Tensor, Tensor]:
+        """KV and score of a new row as the state holds them."""
+        kv, score = kv_score[token].split(state_dim)
+        if a.ape_in_state:
+            score = score.float() + ape[position % ratio]
+        return kv.to(paged_kv.dtype), score.to(paged_score.dtype)
+
+    before_kv, before_score = paged_kv.clone(), paged_score.clone()
     for b, length in enumerate(a.kv_lens.tolist()):
         begin, end = cu_seq_lens[b], cu_seq_lens[b + 1]
         new = end - begin
-        if begin < 0 or end > num_tokens or not 0 <= new <= min(a.next_n, length):
+        most = length if most_new is None else min(most_new, length)
+        if begin < 0 or end > num_tokens or not 0 <= new <= most:
             continue
         start = length - new
 
-        for t in range(new):
+        for t in range(new if a.work != "reduce" else 0):
             row = locate(b, start + t)
-            if row is None:
-                continue
-            page_kv, page_score, slot = row
-            kv, score = kv_score[begin + t].split(state_dim)
-            paged_kv[page_kv, slot] = kv.to(paged_kv.dtype)
-            score = score.float() + ape[(start + t) % ratio]
-            paged_score[page_score, slot] = score.to(paged_score.dtype)
+            if row is not None and (stored is None or stored(start, length, start + t)):
+                page_kv, page_score, slot = row
+                kv, score = new_row(begin + t, start + t)
+                paged_kv[page_kv, slot], paged_score[page_score, slot] = kv, score
 
-        for c in range(length // ratio - start // ratio):
+        windows = length // ratio - start // ratio if new and a.work != "store" else 0
+        for c in range(windows):
             target = cu_outputs[b] + c
             if not 0 <= target < min(cu_outputs[b + 1], num_outputs):
                 continue
@@ -64,10 +81,19 @@ def expected(arguments: Arguments) -> dict[str, Tensor]:
             kvs, scores = [], []
             for position, columns in rows:
                 row = locate(b, position)
-                if row is not None:
+                needs_page = position < start or stored is None or stored(start, length, position)
+                if position < 0 or (row is None and needs_page):
+                    continue
+                if position >= start:
+                    kv, score = new_row(begin + position - start, position)
+                else:
+                    assert row is not None
                     page_kv, page_score, slot = row
-                    kvs.append(paged_kv[page_kv, slot, columns].double())
-                    scores.append(paged_score[page_score, slot, columns].double())
+                    kv, score = before_kv[page_kv, slot], before_score[page_score, slot]
+                if not a.ape_in_state:
+                    score = score.float() + ape[position % ratio]
+                kvs.append(kv[columns].double())
+                scores.append(score[columns].double())
             output[target] = 0
             if kvs:
                 score = torch.stack(scores)

@@ -1,0 +1,76 @@
+// Reduces the windows of one request that have rows in the state.
+#pragma once
+#include "device/output.cuh"
+#include "device/window_fetch.cuh"
+#include "device/window_reduce.cuh"
+
+// One slice of the windows that close for one request: old rows from the state, new ones from kv_score.
+template <class C>
+struct RequestWindows {
+  using Params = typename C::Params;
+  using Shape = WindowShape<C>;
+  using Result = Partial[Shape::vector];
+
+  const Params& p;
+  const Request& request;
+  const ThreadPart<C>& part;
+  HeldRows<C>& held;
+  uint4* shared;
+
+  __device__ __forceinline__ LeafFetch<C> fetch(int window, int leaf) const {
+    return LeafFetch<C>(p, request, part, held, window, leaf);
+  }
+
+  __device__ __forceinline__ void reduce_leaf(LeafFetch<C>& fetch, Result& result) const {
+    held.wait();
+    typename LeafFetch<C>::Scores score[Shape::held_rows];
+    fetch.scores(score);
+    WindowReduce<C>::reduce_leaf(score, held, fetch.present, result);
+  }
+
+  // This thread's share of one window.
+  __device__ __forceinline__ void window(int index, Result& result) const {
+    LeafStack<C> stack;
+#pragma unroll 1
+    for (int leaf = 0; leaf < Shape::group_leaves; ++leaf) {
+      LeafFetch<C> rows = fetch(index, leaf);
+      rows.start_old();
+      rows.load_new();
+      reduce_leaf(rows, result);
+      stack.push(leaf, result);
+    }
+    WindowReduce<C>::reduce_warp(result);
+  }
+
+  // Writes window number `i` of those that close. All threads of the CTA take part.
+  __device__ __forceinline__ void write(int i, const Result& result) const {
+    const int2 reserved = output_rows(p, request.index);
+    const int64 row = int64(reserved.x) + i;
+    const bool writes = row >= 0 && row < reserved.y;
+    if constexpr (C::reduce_warps == 1) {
+      if (!writes || part.group != 0) return;
+      wait_for_predecessor();
+      write_columns(p, row, part.column, result);
+    } else {
+      const WarpPartials<C> partials{reinterpret_cast<float*>(shared)};
+      partials.put(part, result);
+      __syncthreads();
+      if (!writes) return;
+      wait_for_predecessor();
+      const int first_column = part.column - part.lane_column;
+      for (int local = threadIdx.x; local < C::head_slice; local += C::threads)
+        write_output(p, row, first_column + local, partials.value(local));
+    }
+  }
+
+  // Reduces windows number `from` and later of those that close.
+  __device__ __forceinline__ void reduce(int from) const {
+    for (int i = from; i < request.windows; ++i) {
+      // The rows of this window overwrite the partials of the one before.
+      if (C::reduce_warps > 1 && i > 0) __syncthreads();
+      Result result;
+      window(request.first_window + i, result);
+      write(i, result);
+    }
+  }
+};
