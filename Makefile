@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
 	touch $@
 
-demo: setup  ## a decode simulation in which every row is checked
+demo: setup  ## a simulation of prefill and decode in which every row is checked
 	$(BIN)/kvfold demo
 
 test: setup lint  ## lint, types, and all tests that need no GPU
@@ -42,7 +42,7 @@ format: setup  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## write the tables of README and docs anew
+docs: setup  ## write the tables of README and docs anew, and draw the plots
 	$(BIN)/python docs/tables.py
 
 gpu: SHELL := /bin/bash -o pipefail
@@ -57,11 +57,10 @@ gpu:  ## on a GPU: install without dependencies, GPU tests, demo, benchmarks
 
 bench: suite step  ## on a GPU: all results that README and docs quote, into OUT
 
-OPS := paged_kv_compress
+OPS := paged_kv_compress prefill_compress
 suite:  ## on a GPU: the standard benchmark of each op
 	mkdir -p $(OUT)
-	for op in $(OPS); do $(PYTHON) -m kvfold.bench bench $$op --suite --json $(OUT)/$$op.json \
-	  --plot $(OUT)/$$op.png || exit 1; done
+	for op in $(OPS); do $(PYTHON) -m kvfold.bench bench $$op --suite --json $(OUT)/$$op.json || exit 1; done
 
 step:  ## on a GPU: a whole decode step in four modes
 	mkdir -p $(OUT)

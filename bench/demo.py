@@ -1,8 +1,10 @@
-"""A decode simulation: how an inference engine uses the op, with every emitted row checked.
+"""A simulation of prefill and decode: how an engine uses both ops, with every emitted row checked.
 
-Requests come and go. Each step drafts tokens, stores and compresses them, and accepts a random
-number of the drafts. The others are rolled back. The simulator keeps the history of every request
-and computes each compressed row from it in float64.
+Requests come and go. All prompts of a step are prefilled in one call. It writes only the tail of
+the state, and some of a prompt's last tokens are rejected afterwards. Each decode step drafts
+tokens, stores and compresses them, and accepts a random number of the drafts. The others are rolled
+back. The simulator keeps the history of every request and computes each compressed row from it in
+float64.
 """
 
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from torch import Tensor
 
 import kvfold
 from kvfold.bench.measure.verify import outside
-from kvfold.ops.paged_kv_compress.spec import Problem
+from kvfold.codegen import Problem, op_spec
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
 from kvfold.runtime import dispatch
 from kvfold.step import SegmentPrefetcher, StepBatch
 
 COMPRESS_RATIOS = (4, 128)
-NEXT_N = 4
+NEXT_N = 4  # the draft length
 PAGE_SIZE = 16
 MAX_LENGTH = 1024  # tokens of a request
 BATCH_STEP = 4  # batches are padded to a multiple, as engines do to replay few CUDA graphs
@@ -32,7 +34,9 @@ class Summary:
     """What a run did.
 
     Attributes:
-        rows: output rows emitted and checked.
+        tokens: drafted.
+        prompt_tokens: prefilled.
+        rows: output rows emitted and checked, by either op.
         recomputed: those whose window had closed before, on tokens that were then rejected.
         wrong: rows that are out of tolerance, missing, or written though no window closed.
         first_wrong: where the first of them is; None if there is none.
@@ -46,6 +50,7 @@ class Summary:
     steps: int = 0
     requests: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     rows: int = 0
     recomputed: int = 0
     wrong: int = 0
@@ -56,12 +61,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Step:
-    """The requests of a step, int64 [batch] each.
+    """The requests of a decode step or of a prefill, int64 [batch] each.
 
     Attributes:
         slot: of each request, -1 for padding.
         start: tokens before the step.
-        new: tokens drafted in the step.
+        new: tokens drafted in the step, or of the prompt.
     """
 
     slot: np.ndarray
@@ -102,9 +107,10 @@ def run(
             prefetcher.join()
 
         for _ in range(steps):
-            for slot in requests.arrive():
+            prompts = requests.arrive()
+            if len(prompts.slot):
                 for layer in layers:
-                    layer.admit(slot, requests.length[slot])
+                    layer.prefill(prompts, summary)
             step = requests.draft()
             arrays = {}
             for layer in layers:
@@ -119,6 +125,7 @@ def run(
                     layer.release(slot)
             summary.steps += 1
             summary.tokens += int(step.new.sum())
+            summary.prompt_tokens += int(prompts.new.sum())
             on_step()
         summary.replayed = batch.counters.replayed
     summary.requests = requests.served
@@ -134,14 +141,19 @@ class Requests:
         self.target = np.zeros(slots, np.int64)  # length at which a request ends; 0: a free slot
         self.served = 0
 
-    def arrive(self) -> list[int]:
-        """Starts requests in some of the free slots. Returns those slots."""
+    def arrive(self) -> Step:
+        """Starts requests in some of the free slots. Returns their prompts, which may be empty.
+
+        A prompt's last NEXT_N tokens are drafts, of which some are rejected after the prefill.
+        """
         free = np.flatnonzero(self.target == 0)
         slots = free[self.rng.random(len(free)) < 0.2]
-        self.length[slots] = self.rng.integers(0, 400, len(slots))  # the prompt
+        prompt = self.rng.integers(0, 400, len(slots))
+        rejected = self.rng.integers(0, np.minimum(prompt, NEXT_N) + 1)
+        self.length[slots] = prompt - rejected
         self.target[slots] = self.length[slots] + self.rng.integers(20, 600, len(slots))
         self.served += len(slots)
-        return slots.tolist()
+        return Step(slot=slots, start=np.zeros_like(prompt), new=prompt)
 
     def draft(self) -> Step:
         """The batch of a step: most requests draft NEXT_N tokens, some fewer, padding none."""
@@ -194,10 +206,12 @@ class Layer:
     def __init__(
         self, head_dim: int, compress_ratio: int, slots: int, device: torch.device, seed: int
     ):
-        fields = {"head_dim": head_dim, "compress_ratio": compress_ratio, "next_n": NEXT_N}
-        self.problem = Problem.of(fields | {"kv_dtype": "bf16", "state_dtype": "fp32"})
+        fields = {"head_dim": head_dim, "compress_ratio": compress_ratio}
+        fields |= {"kv_dtype": "bf16", "state_dtype": "fp32"}
+        self.prefill_problem = op_spec("prefill_compress").problem.of(fields)
+        self.decode_problem = op_spec("paged_kv_compress").problem.of(fields | {"next_n": NEXT_N})
         self.ratio, self.device = compress_ratio, device
-        self.parts = 2 if self.problem.overlap else 1
+        self.parts = 2 if compress_ratio == 4 else 1
         self.generator = torch.Generator(device).manual_seed(seed + compress_ratio)
         self.row = self.parts, head_dim
         state_dim = self.parts * head_dim
@@ -215,16 +229,39 @@ class Layer:
         )
         self.output = torch.zeros(slots * self._windows(NEXT_N), head_dim, device=device)
 
-    def admit(self, slot: int, length: int) -> None:
-        """Starts a request after its prompt: fills the state that decoding will read."""
-        self.history[:, slot, :length] = self._random(2, length, *self.row)
-        self._reserve(slot, length, length)
-        position = np.arange(self._first_needed(length), length)
-        offset = self._index(position % PAGE_SIZE)
-        for pages, state, history in zip(self.pages, self.state, self.history, strict=True):
-            physical = self._index(pages.table[slot, position // PAGE_SIZE])
-            state[physical, offset] = history[slot, self._index(position)].flatten(1)
-        self.closed[slot] = length // self.ratio
+    def prefill(self, prompts: Step, summary: Summary) -> None:
+        """Runs the prompts of requests that start, and checks their rows.
+
+        Of a prompt, the state gets the rows that decoding needs if it rejects up to NEXT_N tokens,
+        and only these have pages.
+        """
+        self.closed[prompts.slot] = 0
+        for slot, length in zip(prompts.slot, prompts.new, strict=True):
+            self._reserve(slot, max(0, length - NEXT_N), length)
+        metadata = {
+            name: torch.from_numpy(array).to(self.device)
+            for name, array in self._metadata(prompts).items()
+        }
+        rows = int(self._cu_outputs(prompts)[-1])
+        output = torch.full((rows, self.row[1]), torch.nan, device=self.device)
+        kvfold.prefill_compress(
+            self._draw(prompts),
+            self.ape,
+            self.state[0],
+            self.state[1],
+            metadata["block_table_kv"],
+            metadata["block_table_score"],
+            output,
+            metadata["kv_lens"],
+            metadata["cu_seq_lens"],
+            metadata["cu_outputs"],
+            self.ratio,
+            write_state="tail",
+            max_rollback=NEXT_N,
+        )
+        if tokens := int(prompts.new.sum()):
+            summary.variants.add(self._variant(self.prefill_problem, tokens))
+        self._check(prompts, output, summary)
 
     def release(self, slot: int) -> None:
         """Frees a request's pages."""
@@ -236,21 +273,10 @@ class Layer:
         for slot, start, end in zip(step.slot, step.start, step.end, strict=True):
             if slot >= 0:
                 self._reserve(slot, start, end)
-        tokens = self._random(int(step.new.sum()), 2, *self.row).bfloat16()
-        self.kv_score[: len(tokens)] = tokens.flatten(1)
+        tokens = self._draw(step)
+        self.kv_score[: len(tokens)] = tokens
         self.output.fill_(torch.nan)
-        request, position = _expand(step.start, step.new)
-        at = self._index(step.slot[request]), self._index(position)  # over rejected tokens
-        self.history[:, *at] = tokens.float().transpose(0, 1)
-        self.history[1, *at] += self.ape.unflatten(1, self.row)[self._index(position % self.ratio)]
-        arrays = {
-            "block_table_kv": self.pages[0].table[step.slot],
-            "block_table_score": self.pages[1].table[step.slot],
-            "kv_lens": step.end,
-            "cu_seq_lens": np.append(0, step.new.cumsum()),
-            "cu_outputs": self._cu_outputs(step),
-        }
-        return {f"{name}_{self.ratio}": array.astype(np.int32) for name, array in arrays.items()}
+        return {f"{name}_{self.ratio}": array for name, array in self._metadata(step).items()}
 
     def compress(self, inputs: dict[str, Tensor], ape: Tensor, size: int) -> None:
         """Calls the op on the batch of `size` requests that `prepare` prepared."""
@@ -270,8 +296,13 @@ class Layer:
         )
 
     def check(self, step: Step, summary: Summary) -> None:
-        """Compares the output with the history. Rows that no window fills must still be NaN."""
-        cu_outputs, output = self._cu_outputs(step), self._output(len(step.slot))
+        """Compares the rows of a decode step with the history."""
+        summary.variants.add(self._variant(self.decode_problem, len(step.slot)))
+        self._check(step, self._output(len(step.slot)), summary)
+
+    def _check(self, step: Step, output: Tensor, summary: Summary) -> None:
+        """Compares rows with the history. Rows that no window fills must still be NaN."""
+        cu_outputs = self._cu_outputs(step)
         first, count = step.start // self.ratio, step.end // self.ratio - step.start // self.ratio
         request, window = _expand(first, count)
         _, row = _expand(cu_outputs[:-1], count)
@@ -280,11 +311,12 @@ class Layer:
         want[self._index(row)] = self._expected(slot, window)
         wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
 
-        summary.variants.add(self._variant(len(step.slot)))
         summary.rows += len(row)
         summary.recomputed += int((window < self.closed[slot]).sum())
         np.maximum.at(self.closed, slot, window + 1)
-        summary.largest_error = max(summary.largest_error, float(error.nan_to_num(0).max()))
+        if len(output):
+            largest = float(error.nan_to_num(0).max())
+            summary.largest_error = max(summary.largest_error, largest)
         wrong_rows = wrong.any(1).nonzero().flatten().tolist()
         summary.wrong += len(wrong_rows)
         if wrong_rows and summary.first_wrong is None:
@@ -293,6 +325,26 @@ class Layer:
                 f"step {summary.steps}, ratio {self.ratio}, request {owner} of"
                 f" {len(step.slot)}, with {step.new[owner]} new tokens up to {step.end[owner]}"
             )
+
+    def _draw(self, step: Step) -> Tensor:
+        """Draws a step's new tokens, and writes them to the history: [tokens, 2 * state_dim]."""
+        tokens = self._random(int(step.new.sum()), 2, *self.row).bfloat16()
+        request, position = _expand(step.start, step.new)
+        at = self._index(step.slot[request]), self._index(position)  # over rejected tokens
+        self.history[:, *at] = tokens.float().transpose(0, 1)
+        self.history[1, *at] += self.ape.unflatten(1, self.row)[self._index(position % self.ratio)]
+        return tokens.flatten(1)
+
+    def _metadata(self, step: Step) -> dict[str, np.ndarray]:
+        """The int32 metadata of a step."""
+        arrays = {
+            "block_table_kv": self.pages[0].table[step.slot],
+            "block_table_score": self.pages[1].table[step.slot],
+            "kv_lens": step.end,
+            "cu_seq_lens": np.append(0, step.new.cumsum()),
+            "cu_outputs": self._cu_outputs(step),
+        }
+        return {name: array.astype(np.int32) for name, array in arrays.items()}
 
     def _expected(self, slot: np.ndarray, window: np.ndarray) -> Tensor:
         """The compressed rows of windows of the history: float64 [windows, head_dim]."""
@@ -322,10 +374,10 @@ class Layer:
         for pages in self.pages:
             pages.reserve(slot, self._first_needed(start) // PAGE_SIZE, (end - 1) // PAGE_SIZE)
 
-    def _variant(self, batch: int) -> str:
+    def _variant(self, problem: Problem, size: int) -> str:
         if dispatch.backend_for(self.device.type) == "reference":
             return "none: the torch reference"
-        return dispatch.select(self.problem, batch, self.device).symbol
+        return dispatch.select(problem, size, self.device).symbol
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)

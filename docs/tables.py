@@ -5,24 +5,32 @@ A test compares them with what they are made from, so no figure is typed in by h
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvfold.bench.plot import plot_kernels
 from kvfold.bench.records import KernelReport, KernelRow, StepReport, load
 from kvfold.codegen import op_spec
 from kvfold.codegen.documentation import argument_rows, field_rows, markdown
+from kvfold.workload import workload
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/step.md", "docs/fields.md")
 RESULTS = ROOT / "bench" / "results" / "h200"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-PRODUCTION = {"head_dim": 512, "compress_ratio": 128, "overlap": False, "kv_dtype": "bf16",
-              "state_dtype": "fp32", "next_n": 4}  # fmt: skip
-CASE = {"page_size": 32, "layout": "split", "output_dtype": "bf16"}
+DECODE, PREFILL = "paged_kv_compress", "prefill_compress"
 SIZES = (1, 16, 64, 128, 256, 512)
+TOKENS = (1024, 8192, 65536)
+WAYS = ("none", "metadata", "state")  # of prefetch
+STEADY = ("all-hit", "spread", "no-hit")
+SHAPES = {  # of prompts
+    "ratio 128": {"compress_ratio": 128},
+    "ratio 4": {"compress_ratio": 4},
+    "ratio 4, head_dim 128": {"compress_ratio": 4, "head_dim": 128},
+}
 
 
 def rewritten(text: str) -> str:
@@ -30,7 +38,11 @@ def rewritten(text: str) -> str:
 
     def block(found: re.Match) -> str:
         name, *words = found[2].split(" ")
-        return f"{found[1]}{BLOCKS[name](*words)}\n{found[3]}"
+        try:
+            made = BLOCKS[name](*words)
+        except FileNotFoundError:
+            made = "Not measured yet."
+        return f"{found[1]}{made}\n{found[3]}"
 
     return _BLOCK.sub(block, text)
 
@@ -41,17 +53,38 @@ def main() -> None:
         file = ROOT / name
         file.write_text(rewritten(file.read_text()))
         print(f"wrote {name}")
-    report = kernels()
-    rows = [row for row in report.rows if (row.problem, row.options) == (PRODUCTION, CASE)]
-    plot_kernels(replace(report, rows=rows), RESULTS / "speed.png")
+    for op, name, wanted in (
+        (DECODE, "speed.png", _in_speed),
+        (PREFILL, "prefill.png", _in_prefill),
+    ):
+        if not (RESULTS / f"{op}.json").exists():
+            continue
+        results = Results.of(op)
+        rows = [row for row in results.report.rows if wanted(results, row)]
+        plot_kernels(replace(results.report, rows=rows), RESULTS / name)
+        print(f"drew {name}")
+
+
+def _in_speed(results: "Results", row: KernelRow) -> bool:
+    """Whether the plot of the production problem has a row."""
+    plain = row.prefetch in ("none", "state") and row.scenario in STEADY and row.size in SIZES
+    return plain and results.is_of(row)
+
+
+def _in_prefill(results: "Results", row: KernelRow) -> bool:
+    """Whether the plot of whole prompts has a row."""
+    plain = row.prefetch in ("none", "state") and row.scenario == "whole" and row.size in TOKENS
+    return plain and any(results.is_of(row, problem) for problem in SHAPES.values())
 
 
 # ---- declarations --------------------------------------------------------------------------------
 
 
-def arguments(op: str) -> str:
-    """The argument table of an op."""
-    return markdown(("argument", "shape", "dtype", "meaning"), argument_rows(op_spec(op)))
+def arguments(op: str, without: str | None = None) -> str:
+    """The argument table of an op, without the arguments that another op has too."""
+    known = {row[0] for row in argument_rows(op_spec(without))} if without else set()
+    rows = (row for row in argument_rows(op_spec(op)) if row[0] not in known)
+    return markdown(("argument", "shape", "dtype or values", "meaning"), rows)
 
 
 def fields(op: str) -> str:
@@ -63,31 +96,51 @@ def fields(op: str) -> str:
 # ---- results -------------------------------------------------------------------------------------
 
 
-def kernels(op: str = "paged_kv_compress") -> KernelReport:
-    """The committed results of an op's suite."""
-    return load(KernelReport, RESULTS / f"{op}.json")
+@dataclass(frozen=True)
+class Results:
+    """The committed results of an op's suite. A row has all fields of its problem and options."""
+
+    op: str
+    report: KernelReport
+
+    @classmethod
+    def of(cls, op: str) -> "Results":
+        """Reads the results of an op."""
+        report = load(KernelReport, RESULTS / f"{op}.json")
+        rows = [replace(row, **_complete(op, row.problem, row.options)) for row in report.rows]
+        return cls(op, replace(report, rows=rows))
+
+    def is_of(
+        self, row: KernelRow, problem: Mapping | None = None, options: Mapping | None = None
+    ) -> bool:
+        """Whether a row is of this problem and case; what is left out is the workload's default."""
+        fields = {**workload(self.op).defaults, **(problem or {})}
+        wanted = _complete(self.op, fields, options or {})
+        return {"problem": row.problem, "options": row.options} == wanted
+
+    def chosen(
+        self,
+        scenario: str,
+        problem: Mapping | None = None,
+        options: Mapping | None = None,
+        by: str = "table",
+        prefetch: str = "none",
+        backend: str = "cuda",
+    ) -> dict[int, KernelRow]:
+        """Size -> row, of one line of a table. `by` may name a yardstick."""
+        return {
+            row.size: row
+            for row in self.report.rows
+            if (row.scenario, row.prefetch, row.backend) == (scenario, prefetch, backend)
+            and by in (row.chosen_by, row.variant)
+            and self.is_of(row, problem, options)
+        }
 
 
-def chosen(
-    rows: Iterable[KernelRow],
-    scenario: str,
-    problem: dict | None = None,
-    options: dict | None = None,
-    by: str = "table",
-    prefetch: str = "none",
-    backend: str = "cuda",
-    tuning: str | None = None,
-) -> dict[int, KernelRow]:
-    """Size -> row, of one line of a table. `by` may name a yardstick."""
-    wanted = {**PRODUCTION, **(problem or {})}
-    case = {**CASE, **(options or {})}
+def _complete(op: str, problem: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, dict]:
     return {
-        row.size: row
-        for row in rows
-        if (row.scenario, row.problem, row.options) == (scenario, wanted, case)
-        and (row.chosen_by == by or row.variant == by)
-        and (row.prefetch, row.backend) == (prefetch, backend)
-        and (tuning is None or row.tuning == tuning)
+        "problem": op_spec(op).problem.of(problem).values(),
+        "options": workload(op).options.of(options).values(),
     }
 
 
@@ -113,9 +166,13 @@ def _percent(row: KernelRow) -> str:
     return f"{100 * row.efficiency:.0f} %"
 
 
-def origin() -> str:
+def _us_percent(row: KernelRow) -> str:
+    return f"{_us(row)} us ({_percent(row)})"
+
+
+def origin(op: str = DECODE) -> str:
     """Where the figures come from, in one sentence."""
-    report = kernels()
+    report = Results.of(op).report
     commit = (report.commit or "")[:7]
     return (
         f"{report.device}, {report.date[:10]}, commit {commit}. It reads"
@@ -124,29 +181,59 @@ def origin() -> str:
     )
 
 
+# ---- decode --------------------------------------------------------------------------------------
+
+
 def speed() -> str:
     """The README's table: the production problem over batch sizes."""
-    rows = kernels().rows
+    results = Results.of(DECODE)
     lines = []
-    for scenario in ("all-hit", "spread", "no-hit"):
-        plain, early = (chosen(rows, scenario, prefetch=way) for way in ("none", "state"))
+    for scenario in STEADY:
+        plain, early = (results.chosen(scenario, prefetch=way) for way in ("none", "state"))
         lines.append(_line(f"{scenario}: the limit", plain, SIZES, _limit))
         lines.append(_line(f"{scenario}: kvfold", plain, SIZES, _us))
         lines.append(_line(f"{scenario}: kvfold, prefetch", early, SIZES, _us))
         lines.append(_line("the same, efficiency", early, SIZES, _percent))
-    yardstick = chosen(rows, "all-hit", by="row_by_row")
+    yardstick = results.chosen("all-hit", by="row_by_row")
     lines.append(_line("all-hit: one warp, row by row", yardstick, SIZES, _us))
     return markdown(("microseconds at batch", *map(str, SIZES)), iter(lines))
 
 
+def next_n_1() -> str:
+    """One new token per request, all windows closing, by prefetch."""
+    results, sizes = Results.of(DECODE), (16, 128, 512)
+    lines = []
+    for ratio in (128, 4):
+        problem = {"compress_ratio": ratio, "next_n": 1}
+        found = {way: results.chosen("all-hit", problem, prefetch=way) for way in WAYS}
+        lines.append(_line(f"ratio {ratio}: the limit", found["none"], sizes, _limit))
+        lines += [_line(f'ratio {ratio}: "{way}"', found[way], sizes, _us2) for way in WAYS]
+    return markdown(("next_n 1, all-hit, us at batch", *map(str, sizes)), iter(lines))
+
+
+def large_batches() -> str:
+    """Batches above 512, with prefetch."""
+    results, sizes = Results.of(DECODE), (256, 512, 1024, 2048, 4096)
+    lines = []
+    for name, scenario, problem in (
+        ("ratio 4, all-hit", "all-hit", {"compress_ratio": 4}),
+        ("ratio 128, spread", "spread", {}),
+    ):
+        found = results.chosen(scenario, problem, prefetch="state")
+        lines.append(_line(name, found, sizes, _us))
+        lines.append(_line("the limit", found, sizes, _limit))
+        lines.append(_line("efficiency", found, sizes, _percent))
+    return markdown(("next_n 4, us at batch", *map(str, sizes)), iter(lines))
+
+
 def ratio_4() -> str:
     """Ratio 4, all windows closing, with prefetch."""
-    rows, sizes = kernels().rows, (16, 64, 128, 256, 512)
+    results, sizes = Results.of(DECODE), (16, 64, 128, 256, 512)
     lines = []
     for head_dim in (512, 128):
         for next_n in (1, 4):
-            problem = {"head_dim": head_dim, "compress_ratio": 4, "overlap": True, "next_n": next_n}
-            found = chosen(rows, "all-hit", problem, prefetch="state")
+            problem = {"head_dim": head_dim, "compress_ratio": 4, "next_n": next_n}
+            found = results.chosen("all-hit", problem, prefetch="state")
             name = f"head_dim {head_dim}, next_n {next_n}"
             lines.append(_line(name, found, sizes, _us2))
             lines.append(_line("the limit", found, sizes, lambda row: f"{row.limit_us:.2f}"))
@@ -155,11 +242,11 @@ def ratio_4() -> str:
 
 def bf16_state() -> str:
     """State in bf16 against fp32, with prefetch."""
-    rows, sizes = kernels().rows, (16, 64, 128, 256, 512)
+    results, sizes = Results.of(DECODE), (16, 64, 128, 256, 512)
     lines = []
-    for scenario in ("all-hit", "spread", "no-hit"):
+    for scenario in STEADY:
         for dtype in ("bf16", "fp32"):
-            found = chosen(rows, scenario, {"state_dtype": dtype}, prefetch="state")
+            found = results.chosen(scenario, {"state_dtype": dtype}, prefetch="state")
             lines.append(_line(f"{scenario}: {dtype}, us", found, sizes, _us2))
             lines.append(_line("the same, efficiency", found, sizes, _percent))
     return markdown(("state at batch", *map(str, sizes)), iter(lines))
@@ -167,9 +254,9 @@ def bf16_state() -> str:
 
 def layouts() -> str:
     """Page sizes and pool layouts, with prefetch."""
-    rows = kernels().rows
+    results = Results.of(DECODE)
     lines = [
-        _line(name, chosen(rows, "all-hit", options=options, prefetch="state"), SIZES, _us2)
+        _line(name, results.chosen("all-hit", options=options, prefetch="state"), SIZES, _us2)
         for name, options in (
             ("pages of 32 rows, two pools", {}),
             ("pages of 128 rows", {"page_size": 128}),
@@ -179,24 +266,59 @@ def layouts() -> str:
     return markdown(("all-hit, us at batch", *map(str, SIZES)), iter(lines))
 
 
+def pages() -> str:
+    """Small pages and wide block tables, with prefetch."""
+    results, sizes = Results.of(DECODE), (16, 256)
+    cases: dict[str, dict] = {"pages of 1 row": {"page_size": 1}}
+    cases |= {f"pages of {rows} rows": {"page_size": rows} for rows in (2, 4, 8, 32)}
+    cases["pages of 32 rows, block tables of 262,144 columns"] = {"max_pages": 262_144}
+    lines = []
+    for name, options in cases.items():
+        times = []
+        for ratio in (128, 4):
+            problem = {"compress_ratio": ratio}
+            found = results.chosen("all-hit", problem, options, prefetch="state")
+            times += _line("", found, sizes, _us2)[1:]
+        lines.append([name, *times])
+    heads = (f"ratio {ratio}, batch {size}" for ratio in (128, 4) for size in sizes)
+    return markdown(("all-hit, us", *heads), iter(lines))
+
+
+def variations() -> str:
+    """next_n 8 and raw scores against the production problems, with prefetch."""
+    results, sizes = Results.of(DECODE), (16, 256)
+    lines = []
+    for ratio in (128, 4):
+        for name, fields in (
+            ("next_n 4", {}),
+            ("next_n 8", {"next_n": 8}),
+            ("next_n 4, ape_in_state=False", {"ape_in_state": False}),
+        ):
+            problem = {"compress_ratio": ratio, **fields}
+            found = results.chosen("all-hit", problem, prefetch="state")
+            lines.append(_line(f"ratio {ratio}, {name}", found, sizes, _us2))
+            lines.append(_line("the same, efficiency", found, sizes, _percent))
+    return markdown(("all-hit, us at batch", *map(str, sizes)), iter(lines))
+
+
 def triton() -> str:
     """Triton against CUDA, both without prefetch."""
-    rows, sizes = kernels().rows, (16, 128, 256, 512)
+    results, sizes = Results.of(DECODE), (16, 128, 256, 512)
     lines = []
-    for scenario in ("all-hit", "spread", "no-hit"):
-        other = chosen(rows, scenario, by="override", backend="triton")
+    for scenario in STEADY:
+        other = results.chosen(scenario, by="override", backend="triton")
         lines.append(_line(f"{scenario}: Triton", other, sizes, _us2))
-        lines.append(_line(f"{scenario}: CUDA", chosen(rows, scenario), sizes, _us2))
+        lines.append(_line(f"{scenario}: CUDA", results.chosen(scenario), sizes, _us2))
     return markdown(("us at batch", *map(str, sizes)), iter(lines))
 
 
-def host() -> str:
+def host(op: str = DECODE) -> str:
     """Host time of an eager call, median over the measured points."""
-    measured = [row.host_us for row in kernels().rows if row.host_us]
+    measured = [row.host_us for row in Results.of(op).report.rows if row.host_us]
     names = {
-        "call": "`kvfold.paged_kv_compress`, repeated call",
-        "torch_ops": "`torch.ops.kvfold.paged_kv_compress`, repeated call",
-        "unrepeated": "`kvfold.paged_kv_compress`, no repeated call",
+        "call": f"`kvfold.{op}`, repeated call",
+        "torch_ops": f"`torch.ops.kvfold.{op}`, repeated call",
+        "unrepeated": f"`kvfold.{op}`, no repeated call",
         "triton": "Triton's launcher, the same arguments",
     }
     lines = []
@@ -204,6 +326,120 @@ def host() -> str:
         times = sorted(one[way] for one in measured if way in one)
         lines.append([name, f"{times[len(times) // 2]:.1f}"])
     return markdown(("host time of an eager call", "us"), iter(lines))
+
+
+# ---- prefill -------------------------------------------------------------------------------------
+
+
+def prefill() -> str:
+    """The README's table: whole prompts over tokens, of whose state the tail is written."""
+    results = Results.of(PREFILL)
+    lines = []
+    for name, problem in SHAPES.items():
+        plain, early = (results.chosen("whole", problem, prefetch=w) for w in ("none", "state"))
+        lines.append(_line(f"{name}: the limit", plain, TOKENS, _limit))
+        lines.append(_line(f"{name}: kvfold", plain, TOKENS, _us))
+        lines.append(_line(f"{name}: kvfold, prefetch", early, TOKENS, _us))
+        lines.append(_line("the same, efficiency", early, TOKENS, _percent))
+    return markdown(("one prompt, microseconds at tokens", *map(str, TOKENS)), iter(lines))
+
+
+def prefill_state() -> str:
+    """Whole prompts by input dtype and by what is stored, with prefetch."""
+    results = Results.of(PREFILL)
+    lines = []
+    for name, problem in SHAPES.items():
+        for dtype in ("bf16", "fp32"):
+            for stored in ("tail", "all"):
+                found = results.chosen(
+                    "whole",
+                    problem | {"kv_dtype": dtype},
+                    {"write_state": stored},
+                    prefetch="state",
+                )
+                lines.append([name, dtype, stored, *_line("", found, TOKENS, _us_percent)[1:]])
+    heads = ("problem", "input", "write_state", *(f"{tokens} tokens" for tokens in TOKENS))
+    return markdown(heads, iter(lines))
+
+
+def prefill_copy() -> str:
+    """Writing the whole state, against the bandwidth of a copy measured in the same run."""
+    results = Results.of(PREFILL)
+    copy = results.report.copy_bandwidth_gbs
+    lines = []
+    for requests, tokens in ((1, 65536), (8, 524288)):
+        options = {"write_state": "all", "requests": requests}
+        row = results.chosen("whole", options=options, prefetch="state").get(tokens)
+        if row is not None:
+            bandwidth = row.moved_bytes / (1000 * row.median_us)
+            share = f"{100 * bandwidth / copy:.0f} %"
+            lines.append([f"{requests} x 65536", _us(row), f"{bandwidth:.0f}", share])
+    heads = ("requests x tokens", "us", "GB/s", f"of a copy's {copy:.0f} GB/s")
+    return markdown(heads, iter(lines))
+
+
+def prefill_cases() -> str:
+    """Other requests, other states and other ratios."""
+    results = Results.of(PREFILL)
+    cases: list[tuple[str, str, dict, dict, int]] = []
+    for ratio in (128, 4):
+        problem = {"compress_ratio": ratio}
+        restarts = {"max_rollback": 8, "state_period": 256}
+        cases += [
+            (f"ratio {ratio}: 8 prompts", "whole", problem, {"requests": 8}, 65536),
+            (f"ratio {ratio}: a prompt alone", "whole", problem, {}, 65536),
+            (f"ratio {ratio}: beside 255 requests of one token", "mixed", problem, {}, 65791),
+            (f"ratio {ratio}: a chunk", "chunk", problem, {}, 8192),
+            (f"ratio {ratio}: max_rollback 8, state_period 256", "whole", problem, restarts, 8192),
+            (f"ratio {ratio}: bf16 state", "whole", problem | {"state_dtype": "bf16"}, {}, 65536),
+        ]
+    cases.append(("ratio 2", "whole", {"compress_ratio": 2}, {}, 65536))
+    lines = []
+    for name, scenario, problem, options, tokens in cases:
+        found = [
+            results.chosen(scenario, problem, options, prefetch=way).get(tokens) for way in WAYS
+        ]
+        plain, *_, early = found
+        if plain is not None and early is not None:
+            times = [_us(row) if row is not None else "" for row in found]
+            lines.append([name, str(tokens), _limit(plain), *times, _percent(early)])
+    heads = ("write_state tail", "tokens", "limit", *(f'"{way}"' for way in WAYS), "efficiency")
+    return markdown(heads, iter(lines))
+
+
+def prefill_decode() -> str:
+    """256 requests of 1 to 4 tokens through either op."""
+    lines = []
+    for ratio in (128, 4):
+        for op, scenario, size, options in (
+            (PREFILL, "decode", 640, {"write_state": "all"}),
+            (DECODE, "ragged", 256, {}),
+        ):
+            results = Results.of(op)
+            found = [
+                results.chosen(scenario, {"compress_ratio": ratio}, options, prefetch=way).get(size)
+                for way in WAYS
+            ]
+            times = [_us2(row) if row is not None else "" for row in found]
+            lines.append([f"ratio {ratio}: `{op}`", *times])
+    heads = ("256 requests of 1 to 4 tokens, us", *(f'"{way}"' for way in WAYS))
+    return markdown(heads, iter(lines))
+
+
+def prefill_triton() -> str:
+    """Triton against CUDA, both without prefetch."""
+    results = Results.of(PREFILL)
+    lines = []
+    for ratio in (128, 4):
+        problem = {"compress_ratio": ratio}
+        other = results.chosen("whole", problem, by="override", backend="triton")
+        lines.append(_line(f"ratio {ratio}: Triton", other, (8192,), _us))
+        found = results.chosen("whole", problem)
+        lines.append(_line(f"ratio {ratio}: CUDA", found, (8192,), _us))
+    return markdown(("one prompt, us at tokens", "8192"), iter(lines))
+
+
+# ---- a step --------------------------------------------------------------------------------------
 
 
 def step() -> str:
@@ -227,11 +463,21 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "fields": fields,
     "origin": origin,
     "speed": speed,
+    "next-n-1": next_n_1,
+    "large-batches": large_batches,
     "ratio-4": ratio_4,
     "bf16-state": bf16_state,
     "layouts": layouts,
+    "pages": pages,
+    "variations": variations,
     "triton": triton,
     "host": host,
+    "prefill": prefill,
+    "prefill-state": prefill_state,
+    "prefill-copy": prefill_copy,
+    "prefill-cases": prefill_cases,
+    "prefill-decode": prefill_decode,
+    "prefill-triton": prefill_triton,
     "step": step,
 }
 

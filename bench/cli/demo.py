@@ -1,4 +1,4 @@
-"""kvfold demo: a decode simulation in which every compressed row is checked."""
+"""kvfold demo: a simulation of prefill and decode in which every compressed row is checked."""
 
 from typing import Annotated
 
@@ -18,7 +18,7 @@ def demo(
         str | None, option("cpu or cuda; by default cuda where there is a GPU.")
     ] = None,
 ) -> None:
-    """Simulate decoding with speculative tokens and check every compressed row."""
+    """Simulate prefill and decoding with rejected drafts, and check every compressed row."""
     gpu = common.current_gpu()
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device is {device!r}; accepted: cpu, cuda")
@@ -34,7 +34,8 @@ def demo(
         "device": done.device,
         "backend": done.backend,
         "variants": "\n".join(sorted(done.variants)),
-        "steps": f"{done.steps}: {done.requests} requests, {done.tokens} drafted tokens",
+        "steps": f"{done.steps}: {done.requests} requests, {done.prompt_tokens} prompt tokens"
+        f" prefilled, {done.tokens} tokens drafted",
         "rows emitted": f"{done.rows}, {done.recomputed} recomputed after a rollback: {right}",
         "largest error": f"{done.largest_error:.2e} against float64",
     }

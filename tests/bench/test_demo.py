@@ -1,4 +1,4 @@
-"""The decode simulation: passes with the op, fails with a broken one."""
+"""The simulation of prefill and decode: passes with the ops, fails with a broken one."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,8 @@ import kvfold
 from kvfold.bench import demo
 from kvfold.ops.paged_kv_compress import reference
 from kvfold.ops.paged_kv_compress.spec import Arguments
+from kvfold.ops.prefill_compress import reference as prefill_reference
+from kvfold.ops.prefill_compress.spec import Arguments as PrefillArguments
 
 
 def test_a_short_run_is_right():
@@ -15,6 +17,7 @@ def test_a_short_run_is_right():
     assert done.wrong == 0 and done.first_wrong is None
     assert done.steps == len(steps) == 40
     assert done.rows > 500 and done.recomputed > 0
+    assert done.prompt_tokens > 1000 and done.tokens > 1000
     assert 0 < done.largest_error < 1e-5
     assert done.device == "CPU" and done.backend == "reference"
 
@@ -52,18 +55,71 @@ def extra_rows(*args):
 
 
 @pytest.mark.parametrize("op", [no_store, no_output, imprecise, extra_rows])
-def test_a_broken_op_is_found(monkeypatch, op):
+def test_a_broken_decode_is_found(monkeypatch, op):
     monkeypatch.setattr(kvfold, "paged_kv_compress", op)
     done = demo.run(30)
     assert done.wrong > 0
     assert "request" in done.first_wrong and "ratio" in done.first_wrong
 
 
+def prefill(*args, changed, **kwargs):
+    """Prefills with some arguments changed."""
+    prefill_reference.run(PrefillArguments(*args, **(kwargs | changed)))
+
+
+def prefill_nothing(*args, **kwargs):
+    """Neither stores nor emits."""
+
+
+def prefill_without_state(*args, **kwargs):
+    prefill(*args, **kwargs, changed={"work": "reduce"})
+
+
+def prefill_without_rows(*args, **kwargs):
+    prefill(*args, **kwargs, changed={"work": "store"})
+
+
+def prefill_without_rollback(*args, **kwargs):
+    """Does not store what a decode needs after a rejection."""
+    prefill(*args, **kwargs, changed={"max_rollback": 0})
+
+
+@pytest.mark.parametrize(
+    "op",
+    [prefill_nothing, prefill_without_state, prefill_without_rows, prefill_without_rollback],
+)
+def test_a_broken_prefill_is_found(monkeypatch, op):
+    monkeypatch.setattr(kvfold, "prefill_compress", op)
+    done = demo.run(30)
+    assert done.wrong > 0
+    assert "request" in done.first_wrong and "ratio" in done.first_wrong
+
+
+def test_a_prompt_stores_only_its_tail(monkeypatch):
+    asked = []
+
+    def watched(*args, **kwargs):
+        asked.append((kwargs["write_state"], kwargs["max_rollback"]))
+        table, lengths, ratio = args[4], args[7].tolist(), args[10]
+        overlap = int(args[2].size(2) != args[6].size(1))
+        for row, length in zip(table, lengths, strict=True):
+            first = max(0, ((length - demo.NEXT_N) // ratio - overlap) * ratio)
+            pages = range(first // demo.PAGE_SIZE, (length - 1) // demo.PAGE_SIZE + 1)
+            assert set((row >= 0).nonzero().flatten().tolist()) == set(pages if length else ())
+        prefill(*args, **kwargs, changed={})
+
+    monkeypatch.setattr(kvfold, "prefill_compress", watched)
+    assert demo.run(10).wrong == 0
+    assert set(asked) == {("tail", demo.NEXT_N)} and len(asked) > 2
+
+
 def test_requests_come_roll_back_and_go():
     requests = demo.Requests(8, np.random.default_rng(0))
-    sizes, padded, ragged = set(), 0, 0
+    sizes, padded, ragged, rejected = set(), 0, 0, set()
     for _ in range(200):
-        requests.arrive()
+        prompts = requests.arrive()
+        assert (prompts.start == 0).all()
+        rejected |= set(prompts.new - requests.length[prompts.slot])
         step = requests.draft()
         active = step.slot >= 0
         assert len(step.slot) % demo.BATCH_STEP == 0 and len(step.slot) > 0
@@ -76,6 +132,7 @@ def test_requests_come_roll_back_and_go():
         padded += (~active).sum()
         ragged += (step.new[active] < demo.NEXT_N).sum()
     assert len(sizes) > 1 and padded and ragged
+    assert rejected == set(range(demo.NEXT_N + 1))
     assert requests.served > 8
 
 

@@ -14,10 +14,12 @@ def test_demo_prints_a_summary(no_gpu):
     for name in ["device", "backend", "variants", "steps", "rows", "largest"]:
         assert re.search(rf"^{name}", text, re.MULTILINE)
     assert re.search(r"recomputed after a rollback: all right *$", text, re.MULTILINE)
+    assert re.search(r"[1-9]\d* prompt tokens prefilled, [1-9]\d* tokens drafted", text)
 
 
-def test_demo_fails_when_a_row_is_wrong(no_gpu, monkeypatch):
-    monkeypatch.setattr(kvfold, "paged_kv_compress", lambda *args: None, raising=False)
+@pytest.mark.parametrize("op", ["paged_kv_compress", "prefill_compress"])
+def test_demo_fails_when_a_row_is_wrong(no_gpu, monkeypatch, op):
+    monkeypatch.setattr(kvfold, op, lambda *args, **kwargs: None, raising=False)
     line = refused("demo", "--steps", 3, code=1)
     assert re.search(r"\d+ wrong rows, the first at step 0, ratio 4, request", line)
 
