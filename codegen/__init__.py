@@ -10,7 +10,8 @@ from .arguments import (
     tensor,
 )
 from .errors import TableError
-from .fields import FieldSet, choice, dtype, flag, integer
+from .fields import FieldSet, choice, dtype, flag, integer, number
+from .formats import CacheFormat, PageLayout
 from .render import Rendered, instantiate, render
 from .spec import Launch, OpSpec, Problem, Tuning, op_spec, op_specs
 from .table import Table, load_table
@@ -19,10 +20,12 @@ from .variant import Bucket, Group, Variant
 __all__ = [
     "Arguments",
     "Bucket",
+    "CacheFormat",
     "FieldSet",
     "Group",
     "Launch",
     "OpSpec",
+    "PageLayout",
     "ParamStruct",
     "Problem",
     "Rendered",
@@ -38,6 +41,7 @@ __all__ = [
     "instantiate",
     "integer",
     "load_table",
+    "number",
     "op_spec",
     "op_specs",
     "render",

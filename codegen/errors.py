@@ -55,8 +55,14 @@ def _cut(text: str) -> str:
     return f"{text[:MAX_VALUE_LENGTH]}... ({len(text)} characters)"
 
 
-def in_words(values: Sequence) -> str:
-    """Legal values in words: 'bf16', '1, 2 (integer)', '8 or more in steps of 8 (integer)'."""
+def in_words(values: Any) -> str:
+    """Legal values in words: 'bf16', '1, 2 (integer)', '8 or more in steps of 8 (integer)'.
+
+    Args:
+        values: a sequence of values, or what says itself in words, as an Interval.
+    """
+    if not isinstance(values, Sequence):
+        return str(values)
     if not values:
         return "none"
     if isinstance(values, range) and len(values) > MAX_LISTED:

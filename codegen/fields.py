@@ -1,6 +1,7 @@
 """Typed fields: what a table row, a problem or a benchmark option may hold.
 
-A declaration is a frozen dataclass. `integer`, `flag`, `dtype` and `choice` make its fields:
+A declaration is a frozen dataclass. `integer`, `number`, `flag`, `dtype` and `choice` make its
+fields:
 
     @dataclass(frozen=True, kw_only=True)
     class Problem(FieldSet):
@@ -17,10 +18,27 @@ from typing import Any, Self
 from .errors import TableError, in_words
 
 Value = int | bool | str
-Default = Value | Callable[[Mapping[str, Any]], Value]
+Default = Value | float | Callable[[Mapping[str, Any]], Value]
 
 POSITIVE = range(1, 2**30)  # twice the largest fits in the kernels' int
 _KEY = "kvfold"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The legal values of a number: least <= value <= most."""
+
+    least: float
+    most: float
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        return f"{self.least} to {self.most} (number, as 1.0e-4)"
+
+
+Legal = Sequence[Value] | Interval
 
 
 @dataclass(frozen=True)
@@ -33,12 +51,13 @@ class Field:
         help: what the field means, in one phrase.
         symbol: the field's part of a variant's symbol, with {} for the value. Empty: no part.
         symbol_for: the value of a bool that the part stands for; the other value has no part.
-        kind: 'int', 'bool', 'dtype' or 'choice'; the CUDA config struct declares it by kind.
+        kind: 'int', 'float', 'bool', 'dtype' or 'choice'; the CUDA config struct declares it by
+            kind.
         default: the value if it is left out, or a function of the fields before it; None: required.
     """
 
     name: str
-    legal: Sequence[Value]
+    legal: Legal
     help: str
     symbol: str
     kind: str
@@ -54,7 +73,7 @@ class Field:
         """Raises TableError unless the value is legal. The type counts: true is not 1."""
         check_value(self.name, value, self.legal)
 
-    def symbol_part(self, value: Value) -> str | None:
+    def symbol_part(self, value: Value | float) -> str | None:
         """The field's part of a symbol; None for a bool's other value and for a fixed default."""
         silent = value is not self.symbol_for if self.kind == "bool" else value == self.default
         if not self.symbol or silent:
@@ -67,6 +86,11 @@ def integer(
 ) -> Any:
     """An integer field; legal is a tuple or a range."""
     return _declare("int", legal, help, symbol, default)
+
+
+def number(legal: Interval, *, help: str, default: Default | None = None) -> Any:
+    """A field with a floating-point value; it has no part in a symbol."""
+    return _declare("float", legal, help, "", default)
 
 
 def flag(
@@ -170,13 +194,14 @@ class FieldSet:
         return ", ".join(f"{name} {str(value).lower()}" for name, value in self.values().items())
 
 
-def _default(field: Field, values: Mapping[str, Any]) -> Value | None:
+def _default(field: Field, values: Mapping[str, Any]) -> Value | float | None:
     return field.default(values) if callable(field.default) else field.default
 
 
-def check_value(name: str, value: Any, legal: Sequence) -> None:
+def check_value(name: str, value: Any, legal: Legal) -> None:
     """Raises TableError unless value is one of legal, type included: true is not 1."""
-    if type(value) is not type(legal[0]) or value not in legal:
+    accepted = float if isinstance(legal, Interval) else type(legal[0])
+    if type(value) is not accepted or value not in legal:
         raise TableError("is not accepted", field=name, value=value, legal=in_words(legal))
 
 

@@ -18,6 +18,8 @@ from .spec import op_specs
 
 VERSIONS = (1,)
 TUNED = "tuned"
+FORMATS = "cache_formats"
+NAME = "[a-z][a-z0-9_]{0,63}"  # of a cache format: a part of symbols
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 8  # nested lists and mappings; a table needs 6
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is faster
@@ -56,11 +58,27 @@ class Tuned:
 
 
 @dataclass(frozen=True)
+class FormatEntry:
+    """One entry of the `cache_formats` section, not yet checked.
+
+    Attributes:
+        name: of the format.
+        where: the entry in words, for messages.
+        values: field -> value.
+    """
+
+    name: str
+    where: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Contents:
-    """What a table file holds: hand-written rows, and those of the `tuned` section."""
+    """What a table file holds: hand-written rows, those of the `tuned` section, cache formats."""
 
     rows: tuple[Row, ...]
     tuned: tuple[Tuned, ...]
+    formats: tuple[FormatEntry, ...]
 
     def all_rows(self) -> Iterator[Row]:
         """Hand-written rows, then tuned ones."""
@@ -86,10 +104,15 @@ def read(file: Path) -> Contents:
         raise TableError("is missing", field="version", legal="1")
     check_value("version", _value(sections.pop("version")), VERSIONS)
     tuned = sections.pop(TUNED, None)
-    if not sections and tuned is None:
+    formats = sections.pop(FORMATS, None)
+    if not sections and tuned is None and formats is None:
         raise TableError("has no rows", legal=f"a section per op, of {', '.join(op_specs())}")
     rows = [row for op, node in sections.items() for row in _section(op, op, node)]
-    return Contents(tuple(rows), tuple(_tuned(tuned)) if tuned is not None else ())
+    return Contents(
+        rows=tuple(rows),
+        tuned=tuple(_tuned(tuned)) if tuned is not None else (),
+        formats=tuple(_formats(formats)) if formats is not None else (),
+    )
 
 
 @contextmanager
@@ -140,8 +163,27 @@ def _section(op: str, name: str, node: yaml.Node) -> Iterator[Row]:
     for number, item in enumerate(_list(node, name, "'- {field: value, ...}'"), 1):
         line = item.start_mark.line + 1
         with place(row=f"{name} row {number} (line {line})"):
-            values = {key: _value(v) for key, v in _mapping(item, "a row", "field: value").items()}
+            values = _fields(item, "a row")
         yield Row(op, name, number, line, values)
+
+
+def _formats(node: yaml.Node) -> Iterator[FormatEntry]:
+    """The entries of the section of cache formats."""
+    with place(row=f"section {FORMATS}"):
+        entries = _mapping(node, "the section", "name: {field: value, ...}")
+        for name in entries:
+            if not re.fullmatch(NAME, name):
+                what, legal = "is no name of a cache format", "a-z, then up to 63 of a-z, 0-9 and _"
+                raise TableError(what, field=name, legal=legal)
+    for name, item in entries.items():
+        where = f"{FORMATS} {name} (line {item.start_mark.line + 1})"
+        with place(row=where):
+            yield FormatEntry(name, where, _fields(item, "a cache format"))
+
+
+def _fields(node: yaml.Node, what: str) -> dict[str, Any]:
+    """Field -> value, of a mapping."""
+    return {name: _value(value) for name, value in _mapping(node, what, "field: value").items()}
 
 
 def _tuned(node: yaml.Node) -> Iterator[Tuned]:
@@ -193,10 +235,11 @@ def _value(node: yaml.Node) -> Any:
     return _scalar(node)
 
 
-def _scalar(node: yaml.Node) -> int | bool | str:
-    """An integer, a bool or a string. Anything else becomes a text that is legal nowhere.
+def _scalar(node: yaml.Node) -> int | float | bool | str:
+    """An integer, a number, a bool or a string. Anything else becomes a text that is legal nowhere.
 
     Integers are plain decimal, bools are true and false: YAML 1.1 would read 010 as 8, no as false.
+    A number has a point or an exponent: YAML 1.1 would read 1e-4 as a string.
     """
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if not isinstance(node, yaml.ScalarNode):
@@ -205,4 +248,7 @@ def _scalar(node: yaml.Node) -> int | bool | str:
         return int(node.value)
     if kind == "bool" and node.value.lower() in ("true", "false"):
         return node.value.lower() == "true"
+    plain = kind == "float" or (kind == "str" and not node.style)  # no quotes
+    if plain and re.fullmatch("-?[0-9]+([.][0-9]*)?([eE][-+]?[0-9]+)?", node.value):
+        return float(node.value)
     return node.value if kind == "str" else f"{node.value} ({kind})"

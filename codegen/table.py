@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 from .errors import TableError
 from .fields import POSITIVE, check_names, check_value
+from .formats import CacheFormat
 from .gpu import check_arch
-from .reading import Contents, Row, place, read
+from .reading import Contents, FormatEntry, Row, place, read
 from .spec import BACKENDS, OpSpec, Problem, op_spec
 from .variant import Bucket, Group, Variant
 
@@ -30,6 +31,7 @@ class Table:
         path: file it was read from.
         buckets: every row's expansion, in the table's order.
         contents: the rows as the file has them.
+        formats: name -> cache format.
 
     Raises:
         TableError: a gap, an overlap or an unreachable row; or two variants with one symbol.
@@ -38,6 +40,7 @@ class Table:
     path: Path
     buckets: tuple[Bucket, ...]
     contents: Contents
+    formats: Mapping[str, CacheFormat]
 
     def __post_init__(self):
         # Sorted, so that the same fault is named whatever the order of the rows.
@@ -60,12 +63,19 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over the expansion, whatever the file's layout and order of rows."""
+        """16 hex digits over expansion and formats, whatever the file's layout and order."""
         lines = sorted(
             f"{bucket.variant.symbol} {bucket.arch} {bucket.min_size} {bucket.max_size}"
             for bucket in self.buckets
         )
+        lines += sorted(f"cache format {name}: {format}" for name, format in self.formats.items())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def format(self, name: str) -> CacheFormat:
+        """The cache format of a name. Raises TableError if there is none."""
+        with place(file=self.path):
+            check_names([name], self.formats, "cache format")
+        return self.formats[name]
 
     def buckets_for(self, problem: Problem, backend: str, arch: str) -> tuple[Bucket, ...]:
         """The buckets that serve a problem on a GPU, by ascending size; none if it has no row.
@@ -134,7 +144,14 @@ def load_table(path: str | os.PathLike | None = None) -> Table:
     file = Path(path or os.environ.get("KVFOLD_CONFIG") or SHIPPED)
     with place(file=file):
         contents = read(file)
-        return Table(file, tuple(_expand_all(contents)), contents)
+        formats = dict(map(_format, contents.formats))
+        return Table(file, tuple(_expand_all(contents)), contents, formats)
+
+
+def _format(entry: FormatEntry) -> tuple[str, CacheFormat]:
+    """Name and format of an entry."""
+    with place(row=entry.where):
+        return entry.name, CacheFormat.of(entry.values, "field of a cache format")
 
 
 # ---- expansion -----------------------------------------------------------------------------------

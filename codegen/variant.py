@@ -6,7 +6,7 @@ from typing import Any
 
 from . import gpu
 from .errors import TableError, in_words
-from .fields import POSITIVE, check_value
+from .fields import POSITIVE, FieldSet, check_value
 from .spec import BACKENDS, Launch, OpSpec, Problem, Tuning, op_spec
 
 
@@ -130,7 +130,7 @@ class Group:
         return f"{self.problem}, {self.backend}, arch {self.arch}"
 
 
-def refuse(fields: Problem | Tuning, name: str, what: str, legal: Any) -> TableError:
+def refuse(fields: FieldSet, name: str, what: str, legal: Any) -> TableError:
     """The TableError for a field whose value is legal alone and not with the others."""
     words = legal if isinstance(legal, str) else in_words(legal)
     return TableError(what, field=name, value=getattr(fields, name), legal=words)

@@ -13,8 +13,9 @@ from kvfold.bench.cli import common, output
 from kvfold.bench.cli.common import app, option
 from kvfold.bench.cli.output import bold, count
 from kvfold.bench.cli.words import one_value, parse_words
-from kvfold.codegen import Bucket, Table, load_table, op_spec
-from kvfold.codegen.documentation import field_rows
+from kvfold.codegen import Bucket, Table, load_table, op_spec, op_specs
+from kvfold.codegen.documentation import field_rows, format_field_rows
+from kvfold.codegen.reading import FORMATS
 from kvfold.workload import workload
 
 WORDS_HELP = (
@@ -40,6 +41,9 @@ def table_list(
     out.print(f"{table.path}: {counts(table)}", soft_wrap=True)
     for view in _variants(table) if every else _rows(table):
         out.print(view)
+    if table.formats:
+        out.print(output.heading(FORMATS))
+        out.print(_formats(table))
 
 
 @table_app.command("check")
@@ -49,11 +53,16 @@ def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")])
 
 
 @table_app.command("fields")
-def table_fields(op: common.Op) -> None:
-    """Explain the fields of a row of the table."""
+def table_fields(
+    section: Annotated[
+        str, typer.Argument(help=f"An op, or {FORMATS}: {', '.join(op_specs())}.", metavar="OP")
+    ],
+) -> None:
+    """Explain the fields of a row of the table, or of a cache format."""
+    rows = format_field_rows() if section == FORMATS else field_rows(op_spec(section))
     view = View.grid(padding=(0, 2))
     view.add_column(no_wrap=True)
-    for name, kind, legal, default, meaning in field_rows(op_spec(op)):
+    for name, kind, legal, default, meaning in rows:
         about = f"{kind}; legal: {legal}" + (f"; default: {default}" if default else "")
         view.add_row(bold(name), Text.assemble(meaning, "\n", (about, "dim")))
     output.console().print(view)
@@ -92,12 +101,22 @@ def table_explain(
 
 
 def counts(table: Table) -> str:
-    """'8 rows, 192 variants (128 cuda, 64 triton), fingerprint ...'."""
+    """'8 rows, 192 variants (128 cuda, 64 triton), 15 cache formats, fingerprint ...'."""
     rows = len({bucket.where for bucket in table.buckets})
     backends = [variant.backend for variant in table.variants]
     each = ", ".join(f"{backends.count(name)} {name}" for name in dict.fromkeys(backends))
-    variants = count(len(backends), "variant")
-    return f"{count(rows, 'row')}, {variants} ({each}), fingerprint {table.fingerprint}"
+    parts = [count(rows, "row"), count(len(backends), "variant") + (f" ({each})" if each else "")]
+    if table.formats:
+        parts.append(count(len(table.formats), "cache format"))
+    return ", ".join([*parts, f"fingerprint {table.fingerprint}"])
+
+
+def _formats(table: Table) -> View:
+    """One line per cache format."""
+    view = output.grid(["format", "fields"], [])
+    for name, format in table.formats.items():
+        view.add_row(name, _merged([format.given()]))
+    return view
 
 
 def _rows(table: Table) -> Iterator[Text | View]:

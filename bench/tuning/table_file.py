@@ -49,13 +49,14 @@ def replaced(file: Path, new: Sequence[Bucket], origin: str) -> str:
 
 
 def _check(text: str, file: Path, old: Table | None) -> None:
-    """Raises TableError unless the text is a table with all hand-written rows of the old one."""
+    """Raises TableError unless the text is a table with all that is hand-written in the old one."""
     with tempfile.TemporaryDirectory() as folder, place(file=file):
         trial = Path(folder) / "table.yaml"
         trial.write_bytes(text.encode())
-        rows = load_table(trial).contents.rows
-        for row in old.contents.rows if old is not None else ():
-            if row not in rows:
+        new = load_table(trial).contents
+        known = (*new.rows, *new.formats)
+        for row in (*old.contents.rows, *old.contents.formats) if old is not None else ():
+            if row not in known:
                 what = "is written by hand, and stands where tuned rows are"
                 raise TableError(what, row=row.where, legal=f"rows above the line {MARKER}")
 

@@ -3,6 +3,7 @@ import pickle
 
 from kvfold.codegen import TableError
 from kvfold.codegen.errors import MAX_VALUE_LENGTH, in_words, shortened
+from kvfold.codegen.fields import Interval
 
 
 def test_error_says_all_it_knows_and_pickles():
@@ -32,3 +33,4 @@ def test_legal_values_in_words():
     assert in_words(range(8, 2**30, 8)) == "8 or more in steps of 8 (integer)"
     assert in_words(range(1, 2**20 + 1)) == "1 to 1048576 (integer)"
     assert in_words([]) == "none"
+    assert in_words(Interval(0.0, 2.5)) == "0.0 to 2.5 (number, as 1.0e-4)"

@@ -4,8 +4,8 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 
-from kvfold.codegen import FieldSet, TableError, choice, dtype, flag, integer
-from kvfold.codegen.fields import check_names, check_value
+from kvfold.codegen import FieldSet, TableError, choice, dtype, flag, integer, number
+from kvfold.codegen.fields import Interval, check_names, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Shape(FieldSet):
     warps: int = integer((1, 2, 4), symbol="w{}", default=1, help="warps per row")
     note: int = integer(range(10), default=0, help="in no symbol")
     dense: bool = flag(symbol="sparse", symbol_for=False, default=True, help="told when false")
+    floor: float = number(Interval(0.0, 1.0), default=0.5, help="in no symbol either")
 
 
 def refused(call, *args, **kwargs) -> TableError:
@@ -31,10 +32,10 @@ def refused(call, *args, **kwargs) -> TableError:
 
 def test_fields_are_declared_in_order():
     assert [field.name for field in Shape.fields()] == [
-        "columns", "wide", "kind", "layout", "warps", "note", "dense",
+        "columns", "wide", "kind", "layout", "warps", "note", "dense", "floor",
     ]  # fmt: skip
     assert [field.kind for field in Shape.fields()] == [
-        "int", "bool", "dtype", "choice", "int", "int", "bool",
+        "int", "bool", "dtype", "choice", "int", "int", "bool", "float",
     ]  # fmt: skip
     assert [field.name for field in Shape.fields() if field.required] == ["columns", "kind"]
     assert Shape.field("columns").help == "columns of a row"
@@ -63,7 +64,7 @@ def test_values_holds_every_field_and_given_those_without_their_default():
     shape = Shape(columns=32, kind="bf16", warps=2)
     assert shape.values() == {
         "columns": 32, "wide": True, "kind": "bf16", "layout": "split", "warps": 2, "note": 0,
-        "dense": True,
+        "dense": True, "floor": 0.5,
     }  # fmt: skip
     assert shape.given() == {"columns": 32, "kind": "bf16", "warps": 2}
     narrow = replace(shape, wide=False, warps=1, layout="packed")
@@ -74,7 +75,7 @@ def test_values_holds_every_field_and_given_those_without_their_default():
 
 def test_a_symbol_leaves_out_silent_flags_fixed_defaults_and_fields_without_a_part():
     assert Shape(columns=8, kind="bf16").symbol_parts() == ["c8", "bf16"]
-    full = Shape(columns=32, kind="fp32", layout="packed", warps=4, note=3)
+    full = Shape(columns=32, kind="fp32", layout="packed", warps=4, note=3, floor=0.25)
     assert full.symbol_parts() == ["c32", "wide", "fp32", "packed", "w4"]
     assert replace(full, dense=False).symbol_parts() == [*full.symbol_parts(), "sparse"]
 
@@ -82,7 +83,7 @@ def test_a_symbol_leaves_out_silent_flags_fixed_defaults_and_fields_without_a_pa
 def test_an_instance_in_words():
     shape = Shape(columns=32, kind="bf16")
     assert str(shape) == (
-        "columns 32, wide true, kind bf16, layout split, warps 1, note 0, dense true"
+        "columns 32, wide true, kind bf16, layout split, warps 1, note 0, dense true, floor 0.5"
     )
 
 
@@ -96,6 +97,8 @@ def test_an_instance_in_words():
         ({"wide": 1}, "wide = 1 is not accepted; legal: false, true"),
         ({"kind": "fp16"}, 'kind = "fp16" is not accepted; legal: bf16, fp32'),
         ({"layout": ["split"]}, 'layout = ["split"] is not accepted; legal: split, packed'),
+        ({"floor": 2.0}, "floor = 2.0 is not accepted; legal: 0.0 to 1.0 (number, as 1.0e-4)"),
+        ({"floor": 1}, "floor = 1 is not accepted"),
         ({"warps": 3}, "warps = 3 is not accepted; legal: 1, 2, 4 (integer)"),
     ],
 )
@@ -113,7 +116,7 @@ def test_of_names_missing_and_unknown_fields():
     error = refused(Shape.of, {"columns": 8, "kind": "bf16", "warp": 1}, "tuning field")
     assert str(error) == (
         "warp is no tuning field, did you mean warps?; legal: columns, wide, kind, layout, warps,"
-        " note, dense"
+        " note, dense, floor"
     )
 
 
@@ -121,6 +124,9 @@ def test_the_type_of_a_value_counts():
     check_value("n", 1, (0, 1))
     for value in (True, 1.0, "1", [1], None):
         assert refused(check_value, "n", value, (0, 1)).field == "n"
+    check_value("n", 1.0, Interval(0.0, 1.0))
+    for value in (1, True, "1.0", 1.1, -0.1, float("nan"), None):
+        assert refused(check_value, "n", value, Interval(0.0, 1.0)).field == "n"
     check_value("n", True, (False, True))
     assert refused(check_value, "n", 1, (False, True)).legal == "false, true"
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from command_line import kvfold_command, refused
 
-from kvfold.codegen import load_table, op_spec
+from kvfold.codegen import CacheFormat, load_table, op_spec
 
 OP = "paged_kv_compress"
 
@@ -53,6 +53,23 @@ def test_list_all_shows_where_every_variant_serves():
     assert set(buckets) <= set(shown)
 
 
+def test_list_shows_every_cache_format():
+    text = kvfold_command("table", "list").stdout
+    table = load_table()
+    assert f"{len(table.formats)} cache formats, fingerprint" in text
+    shown = re.findall(r"^ +(\w+) +(code .*?) *$", text, re.MULTILINE)
+    assert shown == [
+        (name, "; ".join(f"{field} {value}" for field, value in format.given().items()))
+        for name, format in table.formats.items()
+    ]
+
+
+def test_a_table_without_cache_formats_does_not_speak_of_them(small):
+    assert "cache" not in kvfold_command("table", "list").stdout.removeprefix(str(small))
+    small.write_text("version: 1\ncache_formats:\n  mine: {code: bf16}\n")
+    assert "0 rows, 0 variants, 1 cache format, " in kvfold_command("table", "list").stdout
+
+
 def test_check_passes_a_valid_table_and_names_what_is_wrong(small):
     assert "OK: 3 rows, 4 variants (4 cuda)" in kvfold_command("table", "check", small).stdout
     valid = small.read_text()
@@ -91,6 +108,14 @@ def test_fields_explains_every_field_of_a_row():
     assert "tuning; legal: 1, 2, 4, 8, 16, 32 (integer)" in text
     assert "applicability; legal: 1 or more; default: 1" in text
     assert "cuda is no op; legal: paged_kv_compress" in refused("table", "fields", "cuda")
+
+
+def test_fields_explains_every_field_of_a_cache_format():
+    text = kvfold_command("table", "fields", "cache_formats", columns=80).stdout
+    names = [field.name for field in CacheFormat.fields()]
+    assert re.findall(r"^(\w+) ", text, re.MULTILINE) == names
+    assert max(map(len, text.splitlines())) <= 80
+    assert "format; legal: 0.0 to 1e+30 (number, as 1.0e-4); default: 0.0" in text
 
 
 def test_explain_says_which_row_serves_and_what_other_sizes_get(small):

@@ -240,6 +240,10 @@ def test_rows_on_the_wrong_side_of_the_marker_are_not_lost(file):
     file.write_text(text)
     with pytest.raises(TableError, match=rf"{file}: {OP} row 1 \(line 4\): {says}"):
         edited(file, bucket())
+    # A cache format below it.
+    file.write_text(f"{TABLE}{MARKER}\ncache_formats:\n  mine: {{code: bf16}}\n")
+    with pytest.raises(TableError, match=rf"{file}: cache_formats mine \(line 16\): {says}"):
+        edited(file, bucket())
     # Tuned rows without it, or above it.
     write_tuned = f"version: 1\ntuned:\n  - origin: x\n    {OP}:\n    {row}\n"
     for text in (write_tuned, write_tuned + MARKER + "\n"):
