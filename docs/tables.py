@@ -12,12 +12,21 @@ from typing import Any
 
 from kvfold.bench.plot import plot_kernels
 from kvfold.bench.records import KernelReport, KernelRow, StepReport, load
-from kvfold.codegen import op_spec
-from kvfold.codegen.documentation import argument_rows, field_rows, markdown
+from kvfold.codegen import load_table, op_spec
+from kvfold.codegen.documentation import (
+    argument_rows,
+    field_rows,
+    format_field_rows,
+    markdown,
+    page_picture,
+)
+from kvfold.codegen.table import row_text
 from kvfold.workload import workload
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/step.md", "docs/fields.md")
+DOCUMENTS = (
+    "README.md", "docs/performance.md", "docs/step.md", "docs/fields.md", "docs/formats.md",
+)  # fmt: skip
 RESULTS = ROOT / "bench" / "results" / "h200"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -31,6 +40,7 @@ SHAPES = {  # of prompts
     "ratio 4": {"compress_ratio": 4},
     "ratio 4, head_dim 128": {"compress_ratio": 4, "head_dim": 128},
 }
+HEAD_DIMS, ROPE_DIM, ROWS_PER_PAGE = (512, 128), 64, 64  # of the pages of docs/formats.md
 
 
 def rewritten(text: str) -> str:
@@ -91,6 +101,30 @@ def fields(op: str) -> str:
     """The table of the fields of a row."""
     rows = ([f"`{name}`", *rest] for name, *rest in field_rows(op_spec(op)))
     return markdown(("field", "kind", "legal", "default", "meaning"), rows)
+
+
+def format_fields() -> str:
+    """The table of the fields of a cache format."""
+    rows = ([f"`{name}`", *rest] for name, _, *rest in format_field_rows())
+    return markdown(("field", "legal", "default", "meaning"), rows)
+
+
+def cache_formats() -> str:
+    """The shipped cache formats: bytes of a row."""
+    lines = []
+    for name, format in load_table().formats.items():
+        layouts = [format.layout(head_dim, ROPE_DIM) for head_dim in HEAD_DIMS]
+        sizes = [f"{one.data_bytes} + {one.scale_bytes}" for one in layouts]
+        lines.append([f"[`{name}`](#{name})", *sizes])
+    return markdown(("format", *(f"head_dim {head_dim}" for head_dim in HEAD_DIMS)), lines)
+
+
+def cache_format(name: str) -> str:
+    """A cache format's entry in the table, and a page of it to the byte."""
+    format = load_table().formats[name]
+    layouts = [format.layout(head_dim, ROPE_DIM, ROWS_PER_PAGE) for head_dim in HEAD_DIMS]
+    entry = f"  {name}: {row_text(format.given())}"
+    return f"```yaml\n{entry}\n```\n```\n{page_picture(layouts)}\n```"
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -461,6 +495,9 @@ def step() -> str:
 BLOCKS: dict[str, Callable[..., str]] = {
     "arguments": arguments,
     "fields": fields,
+    "format-fields": format_fields,
+    "formats": cache_formats,
+    "format": cache_format,
     "origin": origin,
     "speed": speed,
     "next-n-1": next_n_1,
