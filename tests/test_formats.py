@@ -362,6 +362,25 @@ def test_a_second_round_trip_changes_no_value_where_scales_are_powers_of_two(nam
     assert torch.equal(once.nan_to_num(nan=7.0), twice.nan_to_num(nan=7.0))
 
 
+@pytest.mark.parametrize("code", ["fp8_e4m3", "fp4_e2m1"])
+def test_a_scale_of_the_caller_multiplies_every_code(code):
+    grid = format_oracle.GRIDS[code]
+    every = np.concatenate([grid, [np.nan] * (code == "fp8_e4m3")])
+    codes = np.arange(2 * len(every), dtype=np.uint8)
+    if code == "fp4_e2m1":
+        codes = codes[0::2] + 16 * codes[1::2]
+    found = dequantise(
+        torch.from_numpy(codes)[None],
+        torch.empty(1, 0, dtype=torch.uint8),
+        CacheFormat(code=code, scale="tensor"),
+        head_dim=2 * len(every),
+        scale=torch.tensor([0.37]),
+    )
+    expected = np.concatenate([every, -every]).astype(np.float32) * np.float32(0.37)
+    np.testing.assert_array_equal(found[0].numpy(), expected)
+    assert np.signbit(found[0].numpy())[len(every)]
+
+
 OWN = """
 import torch
 from kvfold import formats
