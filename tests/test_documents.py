@@ -145,12 +145,14 @@ def test_the_pages_about_the_kernels_name_every_header_and_no_other():
         assert {header, header.rpartition("/")[2]} & named, header
 
 
-# ---- links ---------------------------------------------------------------------------------------
 def test_every_cache_format_has_a_section_with_its_page():
     text = (ROOT / "docs" / "formats.md").read_text()
     names = list(load_table().formats)
     assert re.findall("^### (.*)$", text, re.MULTILINE) == names
     assert re.findall("<!-- format (.*) -->", text) == names
+
+
+# ---- links ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
