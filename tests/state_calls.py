@@ -25,10 +25,10 @@ class Guarded:
 
         def copy(x: Tensor) -> Tensor:
             old = x.untyped_storage()
-            if old.data_ptr() not in storages:
+            if old._cdata not in storages:
                 flat = _bytes(old, x.device).to(device or x.device, copy=True)
-                storages[old.data_ptr()] = flat.untyped_storage()
-            new = storages[old.data_ptr()]
+                storages[old._cdata] = flat.untyped_storage()
+            new = storages[old._cdata]
             like = torch.empty(0, dtype=x.dtype, device=new.device)
             return like.set_(new, x.storage_offset(), x.size(), x.stride())
 

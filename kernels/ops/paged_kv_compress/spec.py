@@ -5,49 +5,40 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvfold import codegen
-from kvfold.codegen import Launch, OpSpec, dtype, flag, integer, scalar, tensor
+from kvfold.codegen import Launch, OpSpec, flag, integer, scalar
 from kvfold.codegen.fields import POSITIVE
 from kvfold.codegen.gpu import MAX_THREADS, SM_REGISTERS, SM_THREADS
 from kvfold.codegen.variant import refuse
-from kvfold.device.window_shape import ITEM_BYTES, WindowShape, slices, vector
+from kvfold.device.window_shape import ITEM_BYTES, slices, vector
+from kvfold.ops.state_spec import (
+    PARAMS,
+    WARPS,
+    StateArguments,
+    StateProblem,
+    ape_in_state_argument,
+    ape_in_state_field,
+    prefetch_argument,
+    state_fields,
+    window_shape,
+    work_argument,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WARPS = (1, 2, 4, 8, 16, 32)
 STORING_REGISTERS = 112  # per thread, with which a storing thread may have several items
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem(codegen.Problem):
+class Problem(StateProblem):
     """What a kernel of paged_kv_compress solves."""
 
     op: ClassVar[str] = "paged_kv_compress"
 
-    head_dim: int = integer(
-        range(8, 2**30, 8), symbol="hd{}", help="columns of a compressed row, a multiple of 8"
-    )
-    compress_ratio: int = integer(POSITIVE, symbol="r{}", help="tokens per window")
-    overlap: bool = flag(
-        symbol="overlap",
-        default=lambda problem: problem["compress_ratio"] == 4,
-        help="whether a window also has the rows of the window before it; state_dim is then"
-        " 2*head_dim; default: true for compress_ratio 4, false for every other",
-    )
-    kv_dtype: str = dtype("bf16", "fp32", help="of kv_score; output may have either dtype")
-    state_dtype: str = dtype("bf16", "fp32", help="of paged_kv and paged_score")
     next_n: int = integer(
         range(1, 17), symbol="n{}", help="the most new tokens of a request in one step"
     )
-    ape_in_state: bool = flag(
-        default=True,
-        symbol="raw_score",
-        symbol_for=False,
-        help="whether the score state holds score + ape, or the raw score",
-    )
+    ape_in_state: bool = ape_in_state_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,94 +82,20 @@ class Tuning(codegen.Tuning):
 
 
 @dataclass(frozen=True)
-class Arguments(codegen.Arguments):
+class Arguments(StateArguments):
     """The arguments of paged_kv_compress."""
 
-    kv_score: Tensor = tensor(
-        "num_tokens, 2*state_dim", "bf16, fp32", help="new tokens: KV, then score"
-    )
-    ape: Tensor = tensor(
-        "compress_ratio, state_dim",
-        "fp32",
-        help="absolute position embedding, added to the score; row = position % compress_ratio",
-    )
-    paged_kv: Tensor = tensor(
-        "num_pages, page_size, state_dim",
-        "bf16, fp32",
-        mutated=True,
-        strides="paged_kv_page_stride, paged_kv_slot_stride",
-        help="KV state",
-    )
-    paged_score: Tensor = tensor(
-        "num_pages, page_size, state_dim",
-        "bf16, fp32",
-        like="paged_kv",
-        mutated=True,
-        strides="paged_score_page_stride, paged_score_slot_stride",
-        help="score state",
-    )
-    block_table_kv: Tensor = tensor(
-        "batch, max_pages", "int32", help="logical page -> physical page of paged_kv"
-    )
-    block_table_score: Tensor = tensor(
-        "batch, max_pages", "int32", help="logical page -> physical page of paged_score"
-    )
-    output: Tensor = tensor(
-        "num_outputs, head_dim", "bf16, fp32", mutated=True, help="compressed rows"
-    )
-    kv_lens: Tensor = tensor("batch", "int32", help="tokens per request after this step")
-    cu_seq_lens: Tensor = tensor(
-        "batch+1", "int32", help="prefix sums of the new tokens per request"
-    )
-    cu_outputs: Tensor = tensor(
-        "batch+1", "int32", help="prefix sums of the output rows reserved per request"
-    )
-    compress_ratio: int = scalar(int, help="tokens per window")
     next_n: int = scalar(int, help="the most new tokens of a request in this step")
-    prefetch: str = scalar(
-        str,
-        default="none",
-        choices=("none", "metadata", "state"),
-        keyword=True,
-        help="what may be read while the kernel before this one still runs: nothing; the int32"
-        " metadata; metadata and old rows of the state",
-    )
-    ape_in_state: bool = scalar(
-        bool,
-        default=True,
-        keyword=True,
-        help="true: the state holds score + ape. false: it holds the raw score, and ape is added,"
-        " in fp32, as rows are read",
-    )
-    work: str = scalar(
-        str,
-        default="all",
-        choices=("all", "store", "reduce"),
-        keyword=True,
-        help="both steps, or one of them",
-    )
+    prefetch: str = prefetch_argument()
+    ape_in_state: bool = ape_in_state_argument()
+    work: str = work_argument()
 
 
-def problem_of(dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]):
+def problem_of(
+    dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
+) -> Problem:
     """The problem of a call."""
-    head_dim, state_dim = dimensions["head_dim"], dimensions["state_dim"]
-    Problem.field("head_dim").check(head_dim)
-    if dimensions["page_size"] < 1:
-        raise ValueError("paged_kv has page_size 0; accepted: 1 or more")
-    if state_dim not in (head_dim, 2 * head_dim):
-        raise ValueError(
-            f"paged_kv has state_dim {state_dim}; accepted: {head_dim} (= head_dim), or"
-            f" {2 * head_dim} for an overlapping window"
-        )
-    return Problem(
-        head_dim=head_dim,
-        compress_ratio=arguments.compress_ratio,
-        overlap=state_dim != head_dim,
-        kv_dtype=dtypes["kv_score"],
-        state_dtype=dtypes["paged_kv"],
-        next_n=arguments.next_n,
-        ape_in_state=arguments.ape_in_state,
-    )
+    return Problem(**state_fields(dimensions, arguments, dtypes), next_n=arguments.next_n)
 
 
 def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
@@ -215,17 +132,6 @@ def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
         shared_field="head_slice",
         min_ctas=tuning.min_ctas,
         constants={"items_at_once": items_at_once(problem, tuning, threads)},
-    )
-
-
-def window_shape(problem: Problem, tuning: Tuning) -> WindowShape:
-    """How the threads of a CTA share a window."""
-    return WindowShape(
-        compress_ratio=problem.compress_ratio,
-        overlap=problem.overlap,
-        state_dtype=problem.state_dtype,
-        reduce_warps=tuning.reduce_warps,
-        head_slice=tuning.head_slice,
     )
 
 
@@ -274,21 +180,5 @@ SPEC = OpSpec(
     propose=propose,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
-    params=(
-        "batch",
-        "num_tokens",
-        "num_outputs",
-        "num_pages",
-        "max_pages",
-        "page_size",
-        "uint32 page_multiplier",
-        "page_shift",
-        "output_is_bf16",
-        "store_by_token",
-        "uint32 storing_share",
-        "prefetch",
-        "reducing",
-        "stores",
-        "reduces",
-    ),
+    params=(*PARAMS, "store_by_token", "uint32 storing_share", "reducing"),
 )
