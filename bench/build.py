@@ -27,8 +27,11 @@ def compile_all(jobs: Iterable[Job]) -> Generator[tuple[Compiled, bool], None, N
     Raises:
         CompileError: one does not compile.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(_compile, jobs)  # cancels what is left
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(_compile, jobs)
+    finally:  # an interruption while jobs are handed in leaves them in the pool
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile(job: Job) -> tuple[Compiled, bool]:

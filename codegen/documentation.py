@@ -26,10 +26,17 @@ def field_rows(spec: OpSpec) -> Iterator[tuple[str, str, str, str, str]]:
         "applicability",
         "1 or more",
         "1",
-        f"the smallest {spec.axis} served: {spec.axis_help}",
+        f"the smallest number of {spec.axis_help} that the row serves",
     )
-    yield high, "applicability", f"{low} or more", "no bound", f"the largest {spec.axis} served"
-    yield "arch", "applicability", "any, sm_90, ...", "any", "the only GPU architecture served"
+    most = f"the largest number of {spec.axis_help} that the row serves"
+    yield high, "applicability", f"{low} or more", "no bound", most
+    yield (
+        "arch",
+        "applicability",
+        "any, sm_90, ...",
+        "any",
+        "the only GPU architecture that the row serves",
+    )
 
 
 def format_field_rows() -> Iterator[tuple[str, str, str, str, str]]:

@@ -59,7 +59,7 @@ class CacheFormat(FieldSet):
         TableError: a value that is not legal, alone or with the others.
     """
 
-    code: str = choice(*CODES, help="of a column. fp4: the even column is in the low nibble")
+    code: str = choice(*CODES, help="of a column; fp4: the even column is in the low nibble")
     block: int = integer((0, *BLOCKS), default=0, help="columns per scale; 0: no scale per block")
     scale: str = choice(
         "none", "tensor", *SCALE_WIDTH, default="none",
@@ -68,31 +68,36 @@ class CacheFormat(FieldSet):
     )  # fmt: skip
     rule: str = choice(
         "amax", "pow2", default="amax",
-        help="of a scale. amax: amax / largest code; pow2: that, rounded up to a power of two",
+        help="how a scale is made. amax: amax / largest code; pow2: that, rounded up to a power of"
+        " two",
     )  # fmt: skip
     floor: float = number(
-        Interval(0.0, LARGEST_FLOOR), default=0.0, help="what floor_on is at least; 0: no floor"
+        Interval(0.0, LARGEST_FLOOR),
+        default=0.0,
+        help="the least value of what floor_on names; 0: no floor",
     )
     floor_on: str = choice(
         "amax", "scale", default="amax",
-        help="amax: before the division; scale: after it, before the scale is rounded",
+        help="what floor bounds. amax: amax, before the division; scale: the scale, before it is"
+        " rounded",
     )  # fmt: skip
     ties: str = choice(
         "even", "down", default="even",
-        help="halfway between codes. even: to the even one, the sign of zero is kept; down: toward"
-        " zero, and zeros are positive",
+        help="how a value halfway between two codes is rounded. even: to the even code, and a zero"
+        " keeps its sign; down: toward zero, and zeros are positive",
     )  # fmt: skip
     rope: str = choice(
         "quantised", "bf16", default="quantised",
-        help="the last rope_dim columns. bf16: they stand behind the codes, in no block",
+        help="how the last rope_dim columns are stored. quantised: as the others; bf16: behind the"
+        " codes, in no block",
     )  # fmt: skip
     scale_bytes: int = integer(
         range(1025), default=0,
-        help="bytes of a row's scales; those that no scale takes are 0. 0: no such bytes",
+        help="bytes of a row's scales and of the zeros behind them; 0: no zeros",
     )  # fmt: skip
     placement: str = choice(
         "after_page", "after_row", default="after_page",
-        help="of a row's scales: behind the data of all rows of the page, or of the row",
+        help="where a row's scales are: behind the data of all rows of the page, or of the row",
     )  # fmt: skip
 
     def __post_init__(self):

@@ -105,6 +105,7 @@ def read(file: Path) -> Contents:
     check_value("version", _value(sections.pop("version")), VERSIONS)
     tuned = sections.pop(TUNED, None)
     formats = sections.pop(FORMATS, None)
+    check_names(sections, [*op_specs(), FORMATS, TUNED], "section")
     if not sections and tuned is None and formats is None:
         raise TableError("has no rows", legal=f"a section per op, of {', '.join(op_specs())}")
     rows = [row for op, node in sections.items() for row in _section(op, op, node)]

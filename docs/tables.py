@@ -352,7 +352,7 @@ def host(op: str = DECODE) -> str:
     names = {
         "call": f"`kvfold.{op}`, repeated call",
         "torch_ops": f"`torch.ops.kvfold.{op}`, repeated call",
-        "unrepeated": f"`kvfold.{op}`, no repeated call",
+        "unrepeated": f"`kvfold.{op}`, not a repeated call",
         "triton": "Triton's launcher, the same arguments",
     }
     lines = []

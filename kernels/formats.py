@@ -25,7 +25,7 @@ E8M0_NAN = 255
 
 
 def cache_format(format: CacheFormat | str) -> CacheFormat:
-    """The format, or the one of this name in the table in force. Raises TableError for no name."""
+    """The format, or that of this name in the table in force. Raises TableError without one."""
     return format if isinstance(format, CacheFormat) else table().format(format)
 
 
@@ -116,7 +116,7 @@ def dequantise(
 def store_rows(
     cache: Tensor, slots: Tensor, codes: Tensor, scales: Tensor, layout: PageLayout
 ) -> None:
-    """Writes rows to a cache. Every byte of it that is not a written row's stays as it is.
+    """Writes rows to a cache. All other bytes of the cache stay as they are.
 
     Args:
         cache: [num_pages, page_bytes or more], uint8, any page stride.
@@ -296,6 +296,8 @@ def _check(
     function: str, name: str, tensor: Tensor, shape: Sequence[int | None], *dtypes: torch.dtype
 ) -> None:
     """Raises ValueError unless a tensor has one of the dtypes and the shape; None: any length."""
+    if not isinstance(tensor, Tensor):
+        refuse(function, name, f"a {type(tensor).__name__}", "a tensor")
     if tensor.dtype not in dtypes:
         refuse(function, name, f"of {tensor.dtype}", " or ".join(map(str, dtypes)))
     fits = tensor.dim() == len(shape) and all(

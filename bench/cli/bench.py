@@ -54,7 +54,7 @@ def bench(
 ) -> None:
     """Time an op's kernels against the memory's limit. Each is checked before it is timed.
 
-    FIELD=VALUE also takes the fields of a case, as page_size=32,128.
+    FIELD=VALUE also takes the fields of a case, such as page_size=32,128.
     Without a GPU nothing is timed: the op is checked on the CPU, at small sizes.
     """
     work = workload(op)

@@ -13,10 +13,10 @@ from kvfold.codegen import Table, load_table, render
 from kvfold.runtime import compiler, cubin_cache, dispatch
 
 ARCH_HELP = (
-    "Architecture to compile for, as sm_90; may be repeated. By default this machine's GPU's;"
+    "Architecture to compile for, such as sm_90; may be repeated. By default this machine's GPU's;"
     " without a GPU, sm_90."
 )
-OUT_HELP = "Folder to write the generated CUDA sources and the cubins to, as well."
+OUT_HELP = "Folder that the generated CUDA sources and the cubins are also written to."
 
 
 @app.command()

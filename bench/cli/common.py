@@ -54,7 +54,7 @@ app = typer.Typer(
     cls=Commands,
     name="kvfold",
     help="GPU kernels for the KV compressor of models with compressed attention: which kernels the"
-    " table holds, whether they compile, whether they are right, how fast they are.",
+    " table holds, whether they compile, whether they are right, and how fast they are.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,23 +80,26 @@ Op = Annotated[str, typer.Argument(help=f"The op: {', '.join(op_specs())}.", met
 Words = Annotated[
     list[str] | None,
     words_argument(
-        "Problem fields, as head_dim=128. A list, as next_n=1,2,4, stands for each of its values."
+        "Problem fields, such as head_dim=128. A list, such as next_n=1,2,4, stands for each of its"
+        " values."
     ),
 ]
 # The size option has the names of all ops' axes: --batch, --tokens.
 SIZE_NAMES = ("--size", *dict.fromkeys(f"--{spec.axis}" for spec in op_specs().values()))
+SIZE_AXES = ", ".join(f"{spec.axis} of {name}" for name, spec in op_specs().items())
 Sizes = Annotated[
-    str | None, option("Sizes on the op's axis, as 1,16,64.", *SIZE_NAMES, metavar="LIST")
+    str | None,
+    option(f"Sizes, such as 1,16,64: {SIZE_AXES}.", *SIZE_NAMES, metavar="LIST"),
 ]
 Prefetch = Annotated[
     str | None,
-    option("Prefetch modes of the op, as none; by default all.", "--prefetch", metavar="LIST"),
+    option("Prefetch modes of the op, such as none; by default all.", "--prefetch", metavar="LIST"),
 ]
 JsonFile = Annotated[Path | None, option("Write the results.", "--json", metavar="FILE")]
 PlotFile = Annotated[Path | None, option("Draw the results.", "--plot", metavar="FILE.png")]
 FromFile = Annotated[
     Path | None,
-    option("Use what --json wrote before; measures nothing.", "--from", metavar="FILE"),
+    option("Use a file that --json wrote, and measure nothing.", "--from", metavar="FILE"),
 ]
 
 

@@ -15,17 +15,19 @@ from kvfold.bench.cli.output import bold, count
 from kvfold.bench.cli.words import one_value, parse_words
 from kvfold.codegen import Bucket, Table, load_table, op_spec, op_specs
 from kvfold.codegen.documentation import field_rows, format_field_rows
+from kvfold.codegen.fields import check_names
 from kvfold.codegen.reading import FORMATS
 from kvfold.workload import workload
 
 WORDS_HELP = (
-    "Problem fields, as head_dim=128; those left out have the values that `kvfold bench` takes."
+    "Problem fields, such as head_dim=128; those left out have the defaults of `kvfold bench`."
 )
+SIZE_HELP = f"Required: {common.SIZE_AXES}."
 table_app = typer.Typer(no_args_is_help=True)
 app.add_typer(
     table_app,
     name="table",
-    help="Look at the table of kernels: configs.yaml, or the file that KVFOLD_CONFIG names.",
+    help="Inspect the table of kernels: configs.yaml, or the file that KVFOLD_CONFIG names.",
 )
 
 
@@ -55,10 +57,11 @@ def table_check(file: Annotated[Path, typer.Argument(help="A table, as YAML.")])
 @table_app.command("fields")
 def table_fields(
     section: Annotated[
-        str, typer.Argument(help=f"An op, or {FORMATS}: {', '.join(op_specs())}.", metavar="OP")
+        str, typer.Argument(help=f"{', '.join(op_specs())} or {FORMATS}.", metavar="OP")
     ],
 ) -> None:
     """Explain the fields of a row of the table, or of a cache format."""
+    check_names([section], [*op_specs(), FORMATS], "op")
     rows = format_field_rows() if section == FORMATS else field_rows(op_spec(section))
     view = View.grid(padding=(0, 2))
     view.add_column(no_wrap=True)
@@ -72,10 +75,10 @@ def table_fields(
 def table_explain(
     op: common.Op,
     words: Annotated[list[str] | None, common.words_argument(WORDS_HELP)] = None,
-    size: Annotated[int | None, option("Size on the op's axis.", *common.SIZE_NAMES)] = None,
+    size: Annotated[int | None, option(SIZE_HELP, *common.SIZE_NAMES)] = None,
     backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
     arch: Annotated[
-        str, typer.Option(help="Of the GPU, as sm_90; any: the rows for any GPU.")
+        str, typer.Option(help="The GPU's architecture, such as sm_90; any: the rows for any GPU.")
     ] = "any",
 ) -> None:
     """Say which variant a problem gets, and why."""

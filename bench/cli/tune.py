@@ -27,8 +27,8 @@ from kvfold.runtime.files import replace_file
 from kvfold.workload import workload
 
 MIXTURE_HELP = (
-    "Weights of the scenarios, as all-hit=0.5,spread=0.5. By default the op's or, with --from, the"
-    " file's."
+    "Weights of the scenarios, such as all-hit=0.5,spread=0.5. By default the op's or, with --from,"
+    " the file's."
 )
 TABLE_HELP = "Table to write the rows into. Without one they are only shown."
 
@@ -49,8 +49,8 @@ def tune(
 ) -> None:
     """Time every variant that can run on this GPU and write the best as rows of a table.
 
-    Problems that differ in the op's shared field alone, as next_n, are timed once, at the largest
-    value, and share their rows.
+    Problems that differ only in the op's shared field, such as next_n, are timed once, at the
+    largest value, and share their rows.
 
     All variants of a problem are checked and timed at a few points. At most 20 of them are timed at
     every size, in every scenario and with every prefetch. The ranges chosen minimise the geometric

@@ -1,4 +1,4 @@
-// A barrier of the warps of a CTA at which arriving and waiting are apart: a warp arrives, goes on with
+// A barrier of the warps of a CTA with separate arrive and wait: a warp arrives, goes on with
 // other work, and waits later. What a warp writes to shared memory before it arrives can be read by those
 // that have waited.
 #pragma once

@@ -48,7 +48,7 @@ struct StoreRule {
   static constexpr bool every_row = true;
   __device__ __forceinline__ StoreRule(const Params&, const Request&) {}
 
-  // Of the rows of a window, the first so many are stored if they are new.
+  // How many of the first rows of a window are stored if they are new.
   __device__ __forceinline__ int stored_rows(int) const { return C::compress_ratio; }
 };
 

@@ -1,5 +1,5 @@
 // A stream of windows whose rows are all new: a CTA has one slice of their columns, reduces one window
-// while the rows of the next ones are on their way, and stores the rows that are to be stored.
+// while the rows of the next ones are in flight, and stores the rows that are to be stored.
 //
 // Every thread reads the rows and columns that it or its neighbour has copied to shared memory, so no warp
 // waits for another's rows. Where warps share a window they join their results one window later, so that
@@ -16,7 +16,7 @@ struct StreamWindow {
   int request;
   int number;  // among the windows of the request
   int target;  // output row; negative if the window is not reduced
-  int stored;  // of its rows, the first so many are to be stored
+  int stored;  // how many of its first rows are to be stored
   int lead;    // 1: it only brings the rows that the next window overlaps
 };
 
@@ -40,12 +40,12 @@ struct WindowStream {
       C::overlap ? C::compress_ratio : min_of(Shape::group_quads * quad_rows, C::compress_ratio);
   static_assert(rows <= 32);
   static_assert(!C::overlap || C::threads == Shape::lanes);
-  // Whether every thread has so many rows, and a leaf no others.
+  // Whether every thread has this many rows, and a leaf no others.
   static constexpr bool even = C::overlap ? Shape::quads * quad_rows == Shape::rows
                                           : C::threads / Shape::lanes * rows == C::compress_ratio &&
                                                 rows % Shape::held_rows == 0;
 
-  // Windows on their way beside the one that is reduced. An overlapping one needs the one before, too.
+  // Windows in flight beside the one that is reduced. An overlapping one needs the one before, too.
   static constexpr int ahead = C::stages - (C::overlap ? 2 : 1);
 
   // A copy is 16 bytes. Where KV and score of a thread are 8 each, every other thread copies the KV of

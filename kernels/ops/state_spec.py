@@ -47,8 +47,8 @@ class StateProblem(codegen.Problem):
         help="whether a window also has the rows of the window before it; state_dim is then"
         " 2*head_dim; default: true for compress_ratio 4, false for every other",
     )
-    kv_dtype: str = dtype("bf16", "fp32", help="of kv_score; output may have either dtype")
-    state_dtype: str = dtype("bf16", "fp32", help="of paged_kv and paged_score")
+    kv_dtype: str = dtype("bf16", "fp32", help="dtype of kv_score; output may have either")
+    state_dtype: str = dtype("bf16", "fp32", help="dtype of paged_kv and paged_score")
 
 
 def ape_in_state_field() -> Any:

@@ -98,9 +98,7 @@ def check_tensors(spec: OpSpec, arguments: Arguments) -> None:
         if tensor.device != device:
             refuse(spec.name, one.name, f"on {tensor.device}", f"{device}, where {first} is")
         if tensor.dim() != len(one.shape):
-            refuse(
-                spec.name, one.name, f"of {tensor.dim()} dimensions", f"{len(one.shape)} dimensions"
-            )
+            refuse(spec.name, one.name, f"of shape {list(tensor.shape)}", one.shape_text)
     for one in spec.arguments.declared_scalars():
         value = getattr(arguments, one.name)
         if not isinstance(value, _SCALARS[one.type]):

@@ -100,6 +100,7 @@ class PackedLaunch:
         params = spec.param_struct.pack(strides, {**scalars, **dimensions, **plan.values})
         self._kernel = kernel
         self._device = tensors[0].get_device()
+        self._has_work = plan.ctas > 0
         self._packed = grid + bytes(changes.size) + params
         self._complete = changes.pack_into
 
@@ -109,6 +110,8 @@ class PackedLaunch:
         Args:
             pointers: addresses of the op's tensors, in its order.
         """
+        if not self._has_work:
+            return  # CUDA refuses a grid without CTAs
         kernel = self._kernel
         buffer, config, params = _buffer.parts or _buffer.make(kernel.context)
         buffer[: len(self._packed)] = self._packed

@@ -144,6 +144,14 @@ def test_a_launch_that_is_packed_once_serves_other_tensors_of_the_same_layout():
     assert config.stream == STREAM
 
 
+def test_a_plan_without_ctas_launches_nothing(monkeypatch):
+    empty = SimpleNamespace(plan=lambda *given: replace(cuda_kernel.plan(*given), ctas=0))
+    monkeypatch.setattr(FakeKernel, "module", empty)
+    kernel, arguments = FakeKernel(), call()
+    driver.PackedLaunch(kernel, arguments)(pointers_of(arguments))
+    assert kernel.launches == []
+
+
 def test_a_launch_that_fails_names_the_kernel_and_the_error():
     kernel, arguments = FakeKernel(status=700), call()
     with pytest.raises(RuntimeError, match=f"{VARIANT.symbol} was not launched: CUDA error 700"):

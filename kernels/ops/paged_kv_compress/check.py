@@ -72,7 +72,7 @@ def check(
         closed = length // compress_ratio - start // compress_ratio if reduces else 0
         first, limit = outputs[request : request + 2]
         if closed and (first < 0 or first + closed > min(limit, output.shape[0])):
-            accepted = f"{closed} rows within 0 .. num_outputs = {output.shape[0]}"
+            accepted = f"{closed} or more rows within 0 .. num_outputs = {output.shape[0]}"
             _refuse(request, "cu_outputs", [first, limit], accepted)
 
         # The rows that are read or written. If a window closes, its first is the oldest.

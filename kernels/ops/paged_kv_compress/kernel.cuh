@@ -23,7 +23,7 @@ __device__ __forceinline__ void reduce_requests(const Params& p, uint4* shared, 
   const int first = int(cta / Shape::slices) * C::requests_per_cta;
   uint32 closing = 1;
   if constexpr (C::requests_per_cta > 1) {
-    // Each lane looks at one request, so that those that close nothing cost one load latency.
+    // Each lane checks one request, so that those that close nothing cost one load latency.
     const int lane = int(threadIdx.x % 32);
     const int index = min_of(first + lane, p.batch - 1);
     Request request;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void run_split(const Params& p, uint4* shared) {
 
 // ---- Fused --------------------------------------------------------------------------------------
 
-// Old rows are on their way while new rows are loaded and stored.
+// Old rows are in flight while new rows are loaded and stored.
 template <class C>
 __device__ __forceinline__ void run_fused(const Params& p, uint4* shared) {
   using Shape = WindowShape<C>;

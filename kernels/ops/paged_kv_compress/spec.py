@@ -63,7 +63,7 @@ class Tuning(codegen.Tuning):
         (1, 2, 4, 8, 16, 32),
         symbol="g{}",
         default=1,
-        help="cuda, not fused: requests that a reducing CTA looks at. More than 1 suits large"
+        help="cuda, not fused: requests that a reducing CTA checks. More than 1 suits large"
         " batches in which few requests close a window",
     )
     store_bytes: int = integer(

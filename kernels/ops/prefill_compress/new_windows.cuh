@@ -4,7 +4,7 @@
 
 namespace prefill_compress {
 
-// Of the requests that a CTA looks at together.
+// Of the requests that a CTA reads together.
 template <class C>
 constexpr int requests_per_thread = C::threads < 256 ? 4 : 2;
 
@@ -19,13 +19,18 @@ struct NewWindows {
     first = int((uint32(r.start) + C::compress_ratio - 1) / C::compress_ratio);
     end = max_of(first, r.first_window + r.windows);
     end_token = r.first_token + r.new_tokens;
-    low = min_of(row_of(r, first), end_token);
-    high = min_of(row_of(r, end), end_token);
+    low = r.first_token + min_of(offset(r, first), r.new_tokens);
+    high = r.first_token + min_of(offset(r, end), r.new_tokens);
   }
 
-  // Row of kv_score of a window's first token. The difference of the positions does not overflow.
+  // Row of kv_score of a window's first token.
   static __device__ __forceinline__ int row_of(const Request& r, int window) {
-    return r.first_token + int(uint32(window) * C::compress_ratio - uint32(r.start));
+    return r.first_token + offset(r, window);
+  }
+
+  // The same, from the request's first new token. The difference of the positions does not overflow.
+  static __device__ __forceinline__ int offset(const Request& r, int window) {
+    return int(uint32(window) * C::compress_ratio - uint32(r.start));
   }
 
   // How many of the windows that close need old rows: they have some, or overlap a window that has.

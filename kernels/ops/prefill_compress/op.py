@@ -60,8 +60,8 @@ def prefill_compress(
             (m // R - O) * R <= p < m. A new row that is to be stored and has no page is absent; one
             that is not to be stored counts whatever its page.
         max_rollback: for "tail": the most tokens that a decode after this call may reject.
-        state_period: for "tail": a request may restart at every multiple of so many tokens, as for
-            prefix reuse at a page's end. 0: nowhere.
+        state_period: for "tail": a request may restart at every multiple of this many tokens, for
+            example for prefix reuse at a page's end. 0: nowhere.
         prefetch, ape_in_state, work: as those of paged_kv_compress.
 
     Raises:

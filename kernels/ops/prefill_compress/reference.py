@@ -53,7 +53,7 @@ def stored(arguments: Arguments, requests: Requests, request: Tensor, position: 
 
 
 def first_needed(arguments: Arguments, tokens: Tensor) -> Tensor:
-    """The first position that a decode from so many tokens on may read."""
+    """The first position that a decode from this many tokens on may read."""
     overlap = arguments.paged_kv.size(2) != arguments.output.size(1)
     ratio = arguments.compress_ratio
     return ((tokens // ratio - int(overlap)) * ratio).clamp(min=0)

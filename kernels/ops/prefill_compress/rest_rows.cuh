@@ -46,18 +46,14 @@ struct RestRows {
       // Of a window, the first rows are stored.
       const int before = windows.first - 1;
       if (windows.low > r.first_token)
-        entry.count_a = stored(windows.low, NewWindows<C>::row_of(r, before) + rule.stored_rows(before),
-                               entry.row_a);
+        entry.count_a = max_of(0, min_of(windows.low - r.first_token,
+                                         NewWindows<C>::offset(r, before) + rule.stored_rows(before)));
       if (windows.end_token > windows.high)
         entry.count_b = min_of(windows.end_token - windows.high, rule.stored_rows(windows.end));
     }
     memory.entries[k][threadIdx.x] = entry;
     memory.position_of_row_0[k][threadIdx.x] = int(uint32(r.start) - uint32(r.first_token));
     return entry.count_a + entry.count_b;
-  }
-
-  static __device__ __forceinline__ int stored(int end, int end_stored, int first) {
-    return max_of(min_of(end, end_stored) - first, 0);
   }
 
   // Stores this CTA's share. `count`: the rows of the thread's requests. All threads take part.
@@ -119,7 +115,7 @@ struct RestRows {
       left -= entry.count_a + entry.count_b;
       entry = memory.entries[k + 1][thread];
     }
-    const int row = left < entry.count_a ? entry.row_a + left : entry.row_b + left - entry.count_a;
+    const int row = left < entry.count_a ? entry.row_a + left : entry.row_b + (left - entry.count_a);
     return {(chunk * per_thread + k) * C::threads + thread, row,
             row + memory.position_of_row_0[k][thread]};
   }

@@ -1,8 +1,8 @@
 // The work of a CTA: a range of rows of kv_score, and its share of the requests that need old rows and of
-// the rows that belong to no stream.
+// the rest rows.
 //
-// Every CTA looks at all requests, so the balance depends on rows and windows and never on requests, and
-// metadata that are wrong only lose their own request.
+// Every CTA checks all requests, so the balance depends on rows and windows and never on requests, and
+// invalid metadata affect their own request only.
 #pragma once
 #include "device/window_stream.cuh"
 #include "ops/prefill_compress/rest_rows.cuh"
@@ -25,15 +25,15 @@ struct RowRange {
   bool has_rest;  // whether any thread has such rows
   uint32* words;  // [2][stream, old][max_words]: a bit for every request of a chunk
   int parity;     // of the chunk, so that one barrier per chunk is enough
-  int chunk;      // the requests that are looked at together
+  int chunk;      // the requests that are read together
   int chunk_words;  // that the chunk has
-  int word;       // that is under way
+  int word;       // the current one
   uint32 bits;    // of that word that are left
 
   int old_seen;  // requests with old windows before that word
   int old_rank;  // of the next such request that is this CTA's
 
-  // The windows of the request under way.
+  // The windows of the current request.
   int request;
   int window, end_window;
   int row;                         // of kv_score, the window's first
@@ -46,7 +46,7 @@ struct RowRange {
                                       char* memory)
       : p(params),
         begin(index * params.range_rows),
-        end(min_of(begin + params.range_rows, params.num_tokens)),
+        end(begin + min_of(params.range_rows, params.num_tokens - begin)),
         rest{params, part, *reinterpret_cast<typename RestRows<C>::Memory*>(memory), index},
         words(reinterpret_cast<uint32*>(memory + rest_bytes)),
         store_rule(params, Request{}) {
@@ -61,7 +61,7 @@ struct RowRange {
     return (p.batch + chunk_requests - 1) / chunk_requests;
   }
 
-  // Finds the requests of a chunk that have work here. The first pass also notes the rows of no stream.
+  // Finds the requests of a chunk that have work here. The first pass also notes the rest rows.
   template <bool first_pass>
   __device__ __forceinline__ void scan(int number) {
     chunk = number;
@@ -94,7 +94,7 @@ struct RowRange {
     bits = 0;
   }
 
-  // Stores this CTA's share of the rows of no stream, of the requests of the chunk.
+  // Stores this CTA's share of the rest rows of the chunk's requests.
   __device__ __forceinline__ void store_rest() {
     if (has_rest) rest.store(chunk, rest_rows);
   }
@@ -171,9 +171,10 @@ struct RowRange {
     const NewWindows<C> windows(r);
     const int before = max_of(begin - windows.low, 0), past = max_of(end - windows.low, 0);
     request = index;
-    window = windows.first + int(uint32(before + ratio - 1) / ratio);
-    end_window = windows.first + int(uint32(past + ratio - 1) / ratio);
-    end_window = max_of(window, min_of(end_window, windows.end));
+    // The range may go far beyond the request, and a sum of positions overflow.
+    const int past_windows = int((uint32(past) + ratio - 1) / ratio);
+    window = windows.first + int((uint32(before) + ratio - 1) / ratio);
+    end_window = max_of(window, windows.first + min_of(past_windows, windows.end - windows.first));
     lead = C::overlap && window > windows.first && window < end_window;
     // A window that overlaps old rows is not reduced here, nor is one without an output row.
     const int64 window_of_row_0 = int64(r.first_window) - reserved.x;

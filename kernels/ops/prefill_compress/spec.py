@@ -55,8 +55,8 @@ class Tuning(codegen.Tuning):
         range(2, 9),
         symbol="p{}",
         default=3,
-        help="cuda: windows that a CTA has in shared memory, of which one is reduced and the others"
-        " are on their way",
+        help="cuda: windows that a CTA has in shared memory: the one that is reduced, with an"
+        " overlap the one before it, and those in flight",
     )
     min_ctas: int = integer(
         range(1, 33),
@@ -85,7 +85,7 @@ class Arguments(StateArguments):
         int,
         default=0,
         keyword=True,
-        help="tail: a request may restart at every multiple of so many tokens; 0: nowhere",
+        help="tail: a request may restart at every multiple of this many tokens; 0: nowhere",
     )
     prefetch: str = prefetch_argument()
     ape_in_state: bool = ape_in_state_argument()
@@ -172,9 +172,13 @@ def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
 
 def explain(problem: Problem, backend: str, tuning: Tuning, tokens: int) -> str:
     """How a variant runs at a number of tokens."""
+    columns = f"a slice of {tuning.head_slice} columns"
+    if backend == "triton":
+        return f"each CTA has {columns} of a tile of new rows, and the windows that end in it"
+    in_flight = tuning.stages - (2 if problem.overlap else 1)
     return (
-        f"{tuning.min_ctas} CTAs per SM share the windows of {tokens} tokens, each a slice of"
-        f" {tuning.head_slice} columns, with {tuning.stages - 1} windows on their way"
+        f"all CTAs share the windows of {tokens} tokens, each has {columns}; CTAs per SM:"
+        f" {tuning.min_ctas}, windows in flight per CTA: {in_flight}"
     )
 
 

@@ -21,7 +21,7 @@ struct StoreRule<C, prefill_compress::Params> {
     state_period = p.state_period;
   }
 
-  // Of the rows of a window, the first so many are stored if they are new.
+  // How many of the first rows of a window are stored if they are new.
   __device__ __forceinline__ int stored_rows(int window) const {
     if (window >= first_whole) return ratio;
     if (!length) return 0;

@@ -22,8 +22,8 @@ from kvfold.device.state_triton import (
 )
 from kvfold.ops.prefill_compress.spec import ANY_NUMBER, Arguments
 
-TILE_ROWS = 16  # at most so many windows end in a tile
-BATCH_BLOCK = 256  # requests that a program looks at together
+TILE_ROWS = 16  # new rows of a tile; at most as many windows end in it
+BATCH_BLOCK = 256  # requests that a program reads together
 
 
 def launch(variant: Variant, arguments: Arguments) -> None:
@@ -69,8 +69,8 @@ def launch(variant: Variant, arguments: Arguments) -> None:
 def _next_owner(row, after, kv_lens, cu_seq_lens, batch, num_tokens, batch_block: tl.constexpr):
     """For each row of kv_score, the first request past `after` that has it; `batch` if none does.
 
-    A request whose metadata make no sense has no rows, and takes none from another. Those of two
-    others may overlap.
+    A request with invalid metadata has no rows, and takes none from another. The rows of two valid
+    requests may overlap.
     """
     owner = tl.full(row.shape, 0, tl.int32) + batch
     first = 0
@@ -99,7 +99,7 @@ def _read_request(request, kv_lens, cu_seq_lens):
 
 @triton.jit
 def _first_needed(tokens, compress_ratio: tl.constexpr, parts: tl.constexpr):
-    """The first position that a decode from so many tokens on may read. Negative: every one."""
+    """The first position that a decode from this many tokens on may read. Negative: every one."""
     return (tokens // compress_ratio - (parts - 1)) * compress_ratio
 
 

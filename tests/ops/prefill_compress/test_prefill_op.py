@@ -147,7 +147,7 @@ BAD = {
     "compress_ratio": ("compress_ratio", lambda v: 0, "1 or more"),
     "kv_score dtype": ("kv_score", lambda t: t.half(), FLOATS),
     "kv_score width": ("kv_score", lambda t: t[:, :-8].clone(), r"\[num_tokens, 2\*state_dim\]"),
-    "kv_score dims": ("kv_score", lambda t: t[None], "2 dimensions"),
+    "kv_score dims": ("kv_score", lambda t: t[None], r"\[num_tokens, 2\*state_dim\]"),
     "kv_score start": ("kv_score", unaligned, "multiples of 16 bytes"),
     "kv_score transposed": ("kv_score", lambda t: t.T.contiguous().T, "contiguous last dimension"),
     "ape dtype": ("ape", lambda t: t.bfloat16(), "torch.float32"),
