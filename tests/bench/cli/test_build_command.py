@@ -183,6 +183,8 @@ def test_a_build_that_is_stopped_leaves_no_process_and_says_nothing(number, when
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process that it starts is in its process group
+        # A shell that runs the tests in the background ignores the signal, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=environment,
     )
     try:
