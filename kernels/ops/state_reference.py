@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Stored = Callable[[Tensor, Tensor], Tensor]
+"""Of (request, position), both int64 of one shape: bool, whether a new row is to be stored."""
 
 CHUNK = 1 << 20
 """Elements of state gathered at a time: bounds memory and stays in the caches."""
@@ -69,6 +73,34 @@ def closing_windows(
     return Windows(request[written], window[written], target[written])
 
 
+def run(arguments: Any, requests: Requests, stored: Stored) -> None:
+    """Does what a state op does: reduces the windows that close, and stores new rows.
+
+    Args:
+        arguments: of a state op, checked.
+        requests: of the call.
+        stored: which new rows are to be stored.
+    """
+    a = arguments
+    rows = StateRows(
+        kv_score=a.kv_score,
+        ape=a.ape,
+        paged_kv=a.paged_kv,
+        paged_score=a.paged_score,
+        tables=(a.block_table_kv, a.block_table_score),
+        requests=requests,
+        stored=stored,
+        compress_ratio=a.compress_ratio,
+        ape_in_state=a.ape_in_state,
+    )
+    # Reduced first: with a ring, the store may overwrite rows that a window still reads.
+    if a.work != "store":
+        windows = closing_windows(requests, a.cu_outputs, a.output.size(0), a.compress_ratio)
+        rows.reduce(windows, a.output)
+    if a.work != "reduce":
+        rows.store()
+
+
 @dataclass(frozen=True)
 class StateRows:
     """The rows of a call: new ones in kv_score, old ones in the paged state.
@@ -77,7 +109,7 @@ class StateRows:
         kv_score, ape, paged_kv, paged_score: as the op takes them.
         tables: block_table_kv and block_table_score.
         requests: of the call.
-        stored: of (request, position), both int64 of one shape: whether a new row is to be stored.
+        stored: which new rows are to be stored.
         compress_ratio: tokens per window.
         ape_in_state: whether the state holds score + ape, else the raw score.
     """
@@ -88,7 +120,7 @@ class StateRows:
     paged_score: Tensor
     tables: tuple[Tensor, Tensor]
     requests: Requests
-    stored: Callable[[Tensor, Tensor], Tensor]
+    stored: Stored
     compress_ratio: int
     ape_in_state: bool
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kvfold.codegen import Variant
 from kvfold.device.window_shape import vector
 from kvfold.ops.paged_kv_compress.spec import Arguments
-from kvfold.runtime.arguments import divider
+from kvfold.ops.state_plan import state_values
 from kvfold.runtime.driver import GridPlan
 
 MAX_ITEMS_BY_TOKEN = 1 << 14  # storing threads: more of them do not make the store faster
@@ -18,28 +18,24 @@ def plan(
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
     problem, tuning = variant.problem, variant.tuning
-    batch, page_size = dimensions["batch"], dimensions["page_size"]
-    stores, reduces = arguments.work != "reduce", arguments.work != "store"
+    batch, values = dimensions["batch"], state_values(arguments, dimensions)
     slices = problem.head_dim // tuning.head_slice
-    reducing = -(-batch // tuning.requests_per_cta) * slices if reduces or tuning.fused else 0
+    reducing = (
+        -(-batch // tuning.requests_per_cta) * slices if values["reduces"] or tuning.fused else 0
+    )
     # An item of the store is a vector of all new rows of a request or, by token, of one row.
     items = batch * dimensions["state_dim"] // vector(problem.state_dtype)
     by_token = items * problem.next_n <= MAX_ITEMS_BY_TOKEN
     per_thread = int(variant.launch.constants["items_at_once"])
     threads = items * problem.next_n if by_token else -(-items // per_thread)
-    storing = -(-threads // variant.launch.threads) if stores and not tuning.fused else 0
-    multiplier, shift = divider(page_size)
+    storing = -(-threads // variant.launch.threads) if values["stores"] and not tuning.fused else 0
     return GridPlan(
         ctas=reducing + storing,
         values={
-            "page_multiplier": multiplier,
-            "page_shift": shift,
-            "output_is_bf16": arguments.output.element_size() == 2,
+            **values,
             "store_by_token": by_token,
             "storing_share": storing_share(storing, reducing + storing),
             "reducing": reducing,
-            "stores": stores,
-            "reduces": reduces,
         },
     )
 

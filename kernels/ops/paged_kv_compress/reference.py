@@ -2,8 +2,9 @@
 
 import torch
 
+from kvfold.ops import state_reference
 from kvfold.ops.paged_kv_compress.spec import Arguments
-from kvfold.ops.state_reference import Requests, StateRows, closing_windows
+from kvfold.ops.state_reference import Requests
 
 
 @torch.no_grad()
@@ -16,20 +17,6 @@ def run(arguments: Arguments) -> None:
     """
     a = arguments
     requests = Requests.read(a.kv_lens, a.cu_seq_lens, a.kv_score.size(0), a.next_n)
-    rows = StateRows(
-        kv_score=a.kv_score,
-        ape=a.ape,
-        paged_kv=a.paged_kv,
-        paged_score=a.paged_score,
-        tables=(a.block_table_kv, a.block_table_score),
-        requests=requests,
-        stored=lambda request, position: torch.ones_like(position, dtype=torch.bool),
-        compress_ratio=a.compress_ratio,
-        ape_in_state=a.ape_in_state,
+    state_reference.run(
+        a, requests, lambda request, position: torch.ones_like(position, dtype=torch.bool)
     )
-    # Reduced first: with a ring, the store may overwrite rows that a window still reads.
-    if a.work != "store":
-        windows = closing_windows(requests, a.cu_outputs, a.output.size(0), a.compress_ratio)
-        rows.reduce(windows, a.output)
-    if a.work != "reduce":
-        rows.store()

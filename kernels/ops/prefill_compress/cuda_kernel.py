@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvfold.codegen import Variant
 from kvfold.ops.prefill_compress.spec import Arguments
-from kvfold.runtime.arguments import divider
+from kvfold.ops.state_plan import state_values
 from kvfold.runtime.driver import GridPlan
 
 MIN_RANGE_ROWS = 8
@@ -25,15 +25,10 @@ def plan(
     range_rows = -(-num_tokens // min(max(wanted, 1), places))
     # The kernel begins with a scan of the requests, so there must be one.
     ranges = -(-num_tokens // range_rows) if num_tokens and batch else 0
-    multiplier, shift = divider(dimensions["page_size"])
     return GridPlan(
         ctas=ranges * slices,
         values={
-            "page_multiplier": multiplier,
-            "page_shift": shift,
-            "output_is_bf16": arguments.output.element_size() == 2,
-            "stores": arguments.work != "reduce",
-            "reduces": arguments.work != "store",
+            **state_values(arguments, dimensions),
             "range_rows": range_rows,
             "ranges": ranges,
         },

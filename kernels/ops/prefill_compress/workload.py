@@ -229,7 +229,7 @@ HEAD_SLICES = (32, 64, 128, 256, 512)
 STAGES = (2, 3, 4, 6, 8)
 REGISTER_BUDGETS = (168, 128, 80)  # registers per thread to try to make do with
 RESERVED_BYTES = 1024  # of an SM's shared memory that the system takes per CTA
-LEAST_BYTES = 24 << 10  # on their way to an SM; bandwidth times latency, over the SMs, is more
+LEAST_BYTES = 24 << 10  # in flight to an SM; bandwidth times latency, over the SMs, is more
 MOST_BYTES = 200 << 10  # more do not make it faster
 TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill
 
@@ -278,7 +278,7 @@ def _min_ctas(variant: Variant, arch: str) -> list[int]:
 
 
 def _bytes_ahead(problem: Problem, tuning: Tuning) -> int:
-    """Bytes of kv_score that a CTA has on their way while it reduces a window."""
+    """Bytes of kv_score that a CTA has in flight while it reduces a window."""
     parts = 2 if problem.overlap else 1
     windows = tuning.stages - parts  # an overlapping window also keeps the one before it
     row_bytes = parts * 2 * tuning.head_slice * DTYPES[problem.kv_dtype].itemsize
