@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from kvfold.codegen import Variant
 from kvfold.ops.paged_kv_compress.cuda_kernel import (
     MAX_ITEMS_BY_TOKEN,
-    divider,
     plan,
     storing_share,
 )
 from kvfold.ops.paged_kv_compress.spec import SPEC, Tuning
-from kvfold.runtime.arguments import check
+from kvfold.runtime.arguments import check, divider
 from kvfold.runtime.driver import GridPlan
 
 INT_MAX = 2**31 - 1

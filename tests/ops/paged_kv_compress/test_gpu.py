@@ -20,6 +20,7 @@ from numerics import assert_same_bits
 from rings import RINGS, decoding, each
 
 import kvfold
+import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import TableError, Variant, load_table
 from kvfold.device.window_shape import vector
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning

@@ -15,6 +15,7 @@ from prefill_calls import MUTATED, Call, Prefill, make, random_call
 from prefill_contract import CASES, assert_follows_contract
 
 import kvfold
+import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import TableError, Variant, load_table
 from kvfold.ops.prefill_compress import reference, workload
 from kvfold.ops.prefill_compress.spec import Problem, Tuning

@@ -13,6 +13,7 @@ from prefill_calls import MUTATED, Call, make
 from prefill_contract import CASES, assert_follows_contract
 
 import kvfold
+import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import Variant
 from kvfold.ops.prefill_compress.spec import SPEC, Arguments, Problem
 from kvfold.runtime.arguments import check
