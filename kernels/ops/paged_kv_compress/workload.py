@@ -10,13 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.codegen import FieldSet, TableError, Variant, choice, integer
+from kvfold.codegen import FieldSet, Variant, choice, integer
 from kvfold.codegen.gpu import SM_REGISTERS, shared_bytes
 from kvfold.ops import state_oracle
 from kvfold.ops.paged_kv_compress import reference, row_by_row
 from kvfold.ops.paged_kv_compress.spec import SPEC, Arguments, Problem, Tuning, items_at_once
+from kvfold.ops.state_workload import (
+    METADATA,
+    PREFETCH,
+    RESERVED_BYTES,
+    TOLERANCES,
+    TRITON_TILE,
+    CaseMaker,
+    by_reference,
+    runnable,
+    window_rows,
+)
 from kvfold.runtime.arguments import DTYPES
-from kvfold.workload import EXACT, Case, Measurement, Search, Tolerance, Workload, copy_of
+from kvfold.workload import Case, Measurement, Search, Workload
 
 SCENARIOS = {
     "all-hit": "every request closes a window",
@@ -113,63 +124,28 @@ def make(
     """
     ratio = problem.compress_ratio
     state_dim = problem.head_dim * (2 if problem.overlap else 1)
-    state_dtype = DTYPES[problem.state_dtype]
     start, new = lengths(scenario, batch, problem)
     end = start + new
     reserved = -(-new // ratio)
 
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def random(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-    def int32(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(device)
-
-    def prefix_sums(counts: np.ndarray) -> Tensor:
-        return int32(np.concatenate(([0], counts.cumsum())))
-
+    maker = CaseMaker(device, seed)
     pages = -(-end // options.page_size)
     in_use = np.arange(pages.max(initial=1)) < pages[:, None]
-
-    def block_table() -> Tensor:
-        physical = np.full(in_use.shape, -1)
-        physical[in_use] = rng.permutation(int(pages.sum()))
-        columns = max(options.max_pages, in_use.shape[1])
-        table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
-        table[:, : in_use.shape[1]] = int32(physical)
-        return table
-
-    pool = (int(pages.sum()), options.page_size)
-    table_kv = block_table()
-    if options.layout == "packed":
-        table_score = table_kv.clone()
-        packed = random(*pool, 2 * state_dim, dtype=state_dtype)
-        paged_kv, paged_score = packed.split(state_dim, dim=2)
-    else:
-        table_score = block_table()
-        paged_kv, paged_score = (random(*pool, state_dim, dtype=state_dtype) for _ in range(2))
-    output_dtype = DTYPES[options.output_dtype]
-    output_shape = int(reserved.sum()), problem.head_dim
     arguments = Arguments(
-        kv_score=random(int(new.sum()), 2 * state_dim, dtype=DTYPES[problem.kv_dtype]),
-        ape=random(ratio, state_dim, dtype=torch.float32),
-        paged_kv=paged_kv,
-        paged_score=paged_score,
-        block_table_kv=table_kv,
-        block_table_score=table_score,
-        output=torch.full(output_shape, torch.nan, dtype=output_dtype, device=device),
-        kv_lens=int32(end),
-        cu_seq_lens=prefix_sums(new),
-        cu_outputs=prefix_sums(reserved),
+        **maker.state(in_use, problem, options, columns=options.max_pages),
+        kv_score=maker.random(int(new.sum()), 2 * state_dim, dtype=DTYPES[problem.kv_dtype]),
+        ape=maker.random(ratio, state_dim, dtype=torch.float32),
+        output=maker.output(int(reserved.sum()), problem, options),
+        kv_lens=maker.int32(end),
+        cu_seq_lens=maker.prefix_sums(new),
+        cu_outputs=maker.prefix_sums(reserved),
         compress_ratio=ratio,
         next_n=problem.next_n,
         ape_in_state=problem.ape_in_state,
     )
     return Case(
         arguments=arguments,
-        moved_bytes=must_move(start, new, problem, output_dtype.itemsize),
+        moved_bytes=must_move(start, new, problem, arguments.output.element_size()),
         rows=int((end // ratio - start // ratio).sum()),
     )
 
@@ -178,10 +154,7 @@ def expected(arguments: Arguments) -> Mapping[str, Tensor]:
     """What a call must leave: by the oracle or, for a large batch, by the reference."""
     if arguments.kv_lens.numel() <= ORACLE_BATCH:
         return state_oracle.expected(arguments, arguments.next_n)
-    copies = copy_of(arguments, ("paged_kv", "paged_score"))
-    copies = replace(copies, output=arguments.output.float())
-    reference.run(copies)
-    return {name: getattr(copies, name) for name in ("paged_kv", "paged_score", "output")}
+    return by_reference(reference, arguments)
 
 
 # ---- tuning --------------------------------------------------------------------------------------
@@ -189,8 +162,6 @@ def expected(arguments: Arguments) -> Mapping[str, Tensor]:
 REDUCE_WARPS = (1, 2, 4, 8, 16)
 HEAD_SLICES = (16, 32, 64, 128, 256, 512)
 REGISTER_BUDGETS = (128, 96, 80)  # registers per thread to try to make do with
-RESERVED_BYTES = 1024  # of an SM's shared memory that the system takes per CTA
-TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill
 SMALL_WINDOW = 16  # rows of a leaf: one thread can have all of them
 REQUESTS_PER_CTA = (4, 8, 16)
 
@@ -203,12 +174,8 @@ def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
             continue
         plain = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
         for tuning in (plain, replace(plain, fused=True)):
-            try:
-                variant = Variant(problem=problem, backend=backend, tuning=tuning)
-                variant.check_arch(arch)
-            except TableError:  # what cannot run is no candidate
-                continue
-            if tuning.fused and not small:
+            variant = runnable(problem, backend, tuning, arch)
+            if variant is None or (tuning.fused and not small):
                 continue
             if backend == "triton" and _tile(problem, variant) > TRITON_TILE:
                 continue
@@ -217,11 +184,6 @@ def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
                 yield one
                 if backend == "cuda" and not tuning.fused:
                     yield from _for_large_batches(problem, one, variant.launch.threads)
-
-
-def window_rows(problem: Problem) -> int:
-    """Rows of a window, with those that it overlaps."""
-    return problem.compress_ratio * (2 if problem.overlap else 1)
 
 
 def _for_large_batches(problem: Problem, tuning: Tuning, threads: int) -> Iterator[Tuning]:
@@ -279,14 +241,9 @@ WORKLOAD = Workload(
     check_size=16,
     make=make,
     expected=expected,
-    tolerances={
-        "paged_kv": EXACT,
-        "paged_score": EXACT,
-        # fp32 rounding and the order of the sums; for bf16, half a unit in the last place.
-        "output": Tolerance(2e-5, {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}),
-    },
-    metadata=("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs"),
-    prefetch={name: {"prefetch": name} for name in ("none", "metadata", "state")},
+    tolerances=TOLERANCES,
+    metadata=METADATA,
+    prefetch=PREFETCH,
     yardsticks={"row_by_row": row_by_row.bind},
     search=Search(
         candidates=candidates,

@@ -10,13 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.codegen import FieldSet, TableError, Variant, choice, integer
+from kvfold.codegen import FieldSet, Variant, choice, integer
 from kvfold.codegen.gpu import SM_REGISTERS, SM_THREADS, shared_bytes
 from kvfold.ops import state_oracle
 from kvfold.ops.prefill_compress import reference
 from kvfold.ops.prefill_compress.spec import SPEC, Arguments, Problem, Tuning
+from kvfold.ops.state_workload import (
+    METADATA,
+    PREFETCH,
+    RESERVED_BYTES,
+    TOLERANCES,
+    TRITON_TILE,
+    CaseMaker,
+    by_reference,
+    runnable,
+    window_rows,
+)
 from kvfold.runtime.arguments import DTYPES
-from kvfold.workload import EXACT, Case, Measurement, Search, Tolerance, Workload, copy_of
+from kvfold.workload import Case, Measurement, Search, Workload
 
 SCENARIOS = {
     "whole": "prompts from an empty state",
@@ -132,18 +143,7 @@ def make(
     end = start + new
     closed = end // ratio - start // ratio
 
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def random(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-    def int32(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(device)
-
-    def prefix_sums(counts: np.ndarray) -> Tensor:
-        return int32(np.concatenate(([0], counts.cumsum())))
-
+    maker = CaseMaker(device, seed)
     in_use = np.zeros((len(start), -(-int(end.max()) // options.page_size)), bool)
     stored_rows = old_rows = 0
     for b, (s, n) in enumerate(zip(start, new, strict=True)):
@@ -157,34 +157,14 @@ def make(
             first = max(0, (window - overlap) * ratio)
             old_rows += max(0, min(s, (window + 1) * ratio) - first)
 
-    def block_table() -> np.ndarray:
-        table = np.full(in_use.shape, -1)
-        table[in_use] = rng.permutation(int(in_use.sum()))
-        return table
-
-    pool = (int(in_use.sum()), options.page_size)
-    table_kv = block_table()
-    if options.layout == "packed":
-        table_score = table_kv
-        packed = random(*pool, 2 * state_dim, dtype=state_dtype)
-        paged_kv, paged_score = packed.split(state_dim, dim=2)
-    else:
-        table_score = block_table()
-        paged_kv, paged_score = (random(*pool, state_dim, dtype=state_dtype) for _ in range(2))
-    output_dtype = DTYPES[options.output_dtype]
     arguments = Arguments(
-        kv_score=random(tokens, 2 * state_dim, dtype=kv_dtype),
-        ape=random(ratio, state_dim, dtype=torch.float32),
-        paged_kv=paged_kv,
-        paged_score=paged_score,
-        block_table_kv=int32(table_kv),
-        block_table_score=int32(table_score),
-        output=torch.full(
-            (int(closed.sum()), problem.head_dim), torch.nan, dtype=output_dtype, device=device
-        ),
-        kv_lens=int32(end),
-        cu_seq_lens=prefix_sums(new),
-        cu_outputs=prefix_sums(closed),
+        **maker.state(in_use, problem, options),
+        kv_score=maker.random(tokens, 2 * state_dim, dtype=kv_dtype),
+        ape=maker.random(ratio, state_dim, dtype=torch.float32),
+        output=maker.output(int(closed.sum()), problem, options),
+        kv_lens=maker.int32(end),
+        cu_seq_lens=maker.prefix_sums(new),
+        cu_outputs=maker.prefix_sums(closed),
         compress_ratio=ratio,
         write_state=options.write_state,
         max_rollback=options.max_rollback,
@@ -196,7 +176,7 @@ def make(
         + stored_rows * 2 * state_dim * state_dtype.itemsize
         + ape_bytes(start, new, problem)
         + old_rows * 2 * problem.head_dim * state_dtype.itemsize
-        + int(closed.sum()) * problem.head_dim * output_dtype.itemsize
+        + int(closed.sum()) * problem.head_dim * arguments.output.element_size()
     )
     return Case(arguments=arguments, moved_bytes=moved, rows=int(closed.sum()))
 
@@ -216,10 +196,7 @@ def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         return state_oracle.expected(
             a, None, lambda start, length, p: is_stored(start, length, p, problem, options)
         )
-    copies = copy_of(a, ("paged_kv", "paged_score"))
-    copies = replace(copies, output=a.output.float())
-    reference.run(copies)
-    return {name: getattr(copies, name) for name in ("paged_kv", "paged_score", "output")}
+    return by_reference(reference, a)
 
 
 # ---- tuning --------------------------------------------------------------------------------------
@@ -228,19 +205,17 @@ REDUCE_WARPS = (1, 2, 4, 8, 16)
 HEAD_SLICES = (32, 64, 128, 256, 512)
 STAGES = (2, 3, 4, 6, 8)
 REGISTER_BUDGETS = (168, 128, 80)  # registers per thread to try to make do with
-RESERVED_BYTES = 1024  # of an SM's shared memory that the system takes per CTA
 LEAST_BYTES = 24 << 10  # in flight to an SM; bandwidth times latency, over the SMs, is more
 MOST_BYTES = 200 << 10  # more do not make it faster
-TRITON_TILE = 128  # rows x columns per thread; larger tiles compile for minutes, then spill
 
 
 def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
     """Tuning worth a trial."""
-    rows = problem.compress_ratio * (2 if problem.overlap else 1)
+    rows = window_rows(problem)
     for reduce_warps, head_slice in itertools.product(REDUCE_WARPS, HEAD_SLICES):
         plain = Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
         if backend == "triton":
-            if _runs(problem, plain, "triton", arch) and (
+            if runnable(problem, "triton", plain, arch) and (
                 rows * head_slice <= 32 * reduce_warps * TRITON_TILE
             ):
                 yield plain
@@ -250,22 +225,12 @@ def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
             continue
         for stages in STAGES:
             tuning = replace(plain, stages=stages)
-            variant = _runs(problem, tuning, "cuda", arch)
+            variant = runnable(problem, "cuda", tuning, arch)
             if variant is None:
                 continue
             for min_ctas in _min_ctas(variant, arch):
                 if LEAST_BYTES <= min_ctas * _bytes_ahead(problem, tuning) <= MOST_BYTES:
                     yield replace(tuning, min_ctas=min_ctas)
-
-
-def _runs(problem: Problem, tuning: Tuning, backend: str, arch: str) -> Variant | None:
-    """The variant, if it can run."""
-    try:
-        variant = Variant(problem=problem, backend=backend, tuning=tuning)
-        variant.check_arch(arch)
-    except TableError:
-        return None
-    return variant
 
 
 def _min_ctas(variant: Variant, arch: str) -> list[int]:
@@ -309,14 +274,9 @@ WORKLOAD = Workload(
     check_size=256,
     make=make,
     expected=expected,
-    tolerances={
-        "paged_kv": EXACT,
-        "paged_score": EXACT,
-        # fp32 rounding and the order of the sums; for bf16, half a unit in the last place.
-        "output": Tolerance(2e-5, {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}),
-    },
-    metadata=("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs"),
-    prefetch={name: {"prefetch": name} for name in ("none", "metadata", "state")},
+    tolerances=TOLERANCES,
+    metadata=METADATA,
+    prefetch=PREFETCH,
     search=Search(
         candidates=candidates,
         shared_field=None,
