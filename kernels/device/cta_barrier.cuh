@@ -1,6 +1,6 @@
-// A barrier of the warps of a CTA with separate arrive and wait: a warp arrives, goes on with
-// other work, and waits later. What a warp writes to shared memory before it arrives can be read by those
-// that have waited.
+// A barrier of the threads of a CTA with separate arrive and wait: a thread arrives, goes on with other
+// work, and waits later. What a thread writes to shared memory before it arrives can be read by those that
+// have waited.
 #pragma once
 #include "device/memory.cuh"
 
@@ -11,18 +11,16 @@ class CtaBarrier {
   __device__ __forceinline__ explicit CtaBarrier(void* shared) : at(shared_address(shared)) {}
 
   // To be called by one thread. A __syncthreads() must follow before anyone arrives.
-  __device__ __forceinline__ void init(int warps) const {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(warps) : "memory");
+  __device__ __forceinline__ void init(int threads) const {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(threads) : "memory");
   }
 
-  // The calling warp arrives.
+  // Every thread arrives by itself. One arrival per warp is not faster.
   __device__ __forceinline__ void arrive() const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-      asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
   }
 
-  // Waits until every warp has arrived. `parity` is 0 for the first time, then 1, 0, ...
+  // Waits until every thread has arrived. `parity` is 0 for the first time, then 1, 0, ...
   __device__ __forceinline__ void wait(int parity) const {
     int done;
     do {

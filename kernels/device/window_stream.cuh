@@ -94,7 +94,7 @@ struct WindowStream {
   __device__ __forceinline__ void start() const {
     if constexpr (C::reduce_warps > 1) {
       __syncthreads();
-      if (threadIdx.x == 0) barrier().init(warps);
+      if (threadIdx.x == 0) barrier().init(C::threads);
       __syncthreads();
     }
   }
