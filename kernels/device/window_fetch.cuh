@@ -15,9 +15,10 @@ struct LeafFetch {
   using State = StateRows<C>;
   using state_dtype = typename C::state_dtype;
 
-  // New rows whose loads are issued before the first is waited for. More would take registers that
-  // other CTAs of the SM could have.
-  static constexpr int new_rows_at_once = max_of(1, 256 / int(sizeof(typename New::Columns)));
+  // New rows whose loads, of ape too, are issued before the first is waited for. More would take
+  // registers that other CTAs of the SM could have.
+  static constexpr int new_rows_at_once =
+      max_of(1, 256 / int(sizeof(typename New::Columns) + sizeof(typename New::Ape)));
   static constexpr uint32 all_rows = (1u << Shape::held_rows) - 1;
 
   const Params& p;
@@ -123,32 +124,36 @@ struct LeafFetch {
     for (uint32 left = new_rows; left;) {
       const int first = __ffs(left) - 1;
       typename New::Columns columns[at_once];
+      typename New::Ape ape[at_once];
 #pragma unroll
-      for (int i = 0; i < at_once; ++i)
-        columns[i] = New::load_columns(find_new(first + i), left >> (first + i) & 1);
+      for (int i = 0; i < at_once; ++i) {
+        const auto from = find_new(first + i);
+        columns[i] = New::load_columns(from, left >> (first + i) & 1);
+        ape[i] = New::load_ape(from, left >> (first + i) & 1);
+      }
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
         if (left >> (first + i) & 1)
-          New::round(columns[i], New::load_ape(find_new(first + i), true),
-                     held.at(first + i, Held::kv), held.at(first + i, Held::score));
+          New::round(columns[i], ape[i], held.at(first + i, Held::kv),
+                     held.at(first + i, Held::score));
       left &= ~0u << first << at_once;
     }
   }
 
   // The dtypes are equal: rows are loaded into the registers that hold them, only ape takes others.
   __device__ __forceinline__ void load_new_in_place() {
+    typename New::Ape ape[Shape::held_rows];
 #pragma unroll
     for (int i = 0; i < Shape::held_rows; ++i) {
       const auto from = find_new(i);
       load_over(held.at(i, Held::kv), from.kv, is_new(i));
       load_over(held.at(i, Held::score), from.score, is_new(i));
+      ape[i] = New::load_ape(from, is_new(i));
     }
     if constexpr (C::ape_in_state) {
 #pragma unroll
       for (int i = 0; i < Shape::held_rows; ++i)
-        if (is_new(i))
-          New::round_score(held.at(i, Held::score), New::load_ape(find_new(i), true),
-                           held.at(i, Held::score));
+        if (is_new(i)) New::round_score(held.at(i, Held::score), ape[i], held.at(i, Held::score));
     }
   }
 
@@ -158,14 +163,18 @@ struct LeafFetch {
     for (int first = 0; first < Shape::held_rows; first += at_once) {
       if (at_once < Shape::held_rows && !(new_rows >> first & ((1u << at_once) - 1))) continue;
       typename New::Columns columns[at_once];
+      typename New::Ape ape[at_once];
 #pragma unroll
-      for (int i = 0; i < at_once; ++i)
-        columns[i] = New::load_columns(find_new(first + i), is_new(first + i));
+      for (int i = 0; i < at_once; ++i) {
+        const auto from = find_new(first + i);
+        columns[i] = New::load_columns(from, is_new(first + i));
+        ape[i] = New::load_ape(from, is_new(first + i));
+      }
 #pragma unroll
       for (int i = 0; i < at_once; ++i)
         if (is_new(first + i))
-          New::round(columns[i], New::load_ape(find_new(first + i), true),
-                     held.at(first + i, Held::kv), held.at(first + i, Held::score));
+          New::round(columns[i], ape[i], held.at(first + i, Held::kv),
+                     held.at(first + i, Held::score));
     }
   }
 

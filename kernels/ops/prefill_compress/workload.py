@@ -146,8 +146,8 @@ def make(
     maker = CaseMaker(device, seed)
     in_use = np.zeros((len(start), -(-int(end.max()) // options.page_size)), bool)
     stored_rows = old_rows = 0
-    for b, (s, n) in enumerate(zip(start, new, strict=True)):
-        stored = stored_mask(int(s), int(n), problem, options)
+    for b, (s, n) in enumerate(zip(start.tolist(), new.tolist(), strict=True)):
+        stored = stored_mask(s, n, problem, options)
         stored_rows += int(stored.sum())
         in_use[b, np.unique((s + np.flatnonzero(stored)) // options.page_size)] = True
         first = max(0, (s // ratio - overlap) * ratio)  # the oldest row that is read
