@@ -1,9 +1,15 @@
 """The results of `kvfold bench` as a picture."""
 
+import textwrap
 from pathlib import Path
 
 from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import op_spec
+
+
+PANEL_INCHES = (4, 4.8)
+TITLE_CHARACTERS = 48  # per panel
+GROUPS_PER_LINE = 3  # where a group is one panel
 
 
 def require(file: Path) -> None:
@@ -20,7 +26,7 @@ def require(file: Path) -> None:
 def plot_kernels(report: KernelReport, file: Path) -> None:
     """Draws times over sizes, and the limit, into a file whose suffix says the format: .png, .svg.
 
-    Each problem and set of options is a line of panels, one panel per scenario.
+    Each problem and set of options is a group of panels, one panel per scenario.
 
     Raises:
         ValueError: it cannot be drawn into `file`.
@@ -31,12 +37,15 @@ def plot_kernels(report: KernelReport, file: Path) -> None:
     groups: dict[str, list[KernelRow]] = {}
     for row in report.rows:
         groups.setdefault(f"{row.op}: {row.described}", []).append(row)
-    columns = max(2, *(len({row.scenario for row in rows}) for rows in groups.values()))
-    figure = Figure(figsize=(4 * columns, 4.8 * len(groups)), layout="constrained")
+    columns = max(len({row.scenario for row in rows}) for rows in groups.values())
+    per_line = min(len(groups), GROUPS_PER_LINE) if columns == 1 else 1
+    lines = -(-len(groups) // per_line)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * columns * per_line, height * lines), layout="constrained")
     figure.suptitle(f"{report.device}, {report.date[:10]}")
-    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
-    for part, (title, rows) in zip(parts, groups.items(), strict=True):
-        part.suptitle(title, fontsize=10)
+    parts = figure.subfigures(lines, per_line, squeeze=False).flat
+    for part, (title, rows) in zip(parts, groups.items(), strict=False):
+        part.suptitle(textwrap.fill(title, TITLE_CHARACTERS * columns), fontsize=10)
         _draw_problem(part, rows, columns)
     figure.savefig(file, dpi=120)
 
@@ -45,7 +54,7 @@ def _draw_problem(part, rows: list[KernelRow], columns: int) -> None:
     from matplotlib.ticker import LogLocator
 
     scenarios = list(dict.fromkeys(row.scenario for row in rows))
-    panels = part.subplots(1, columns, sharey=True)
+    panels = part.subplots(1, columns, sharey=True, squeeze=False)[0]
     for panel in panels[len(scenarios) :]:
         panel.remove()
     for panel, scenario in zip(panels, scenarios, strict=False):
