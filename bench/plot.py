@@ -6,7 +6,6 @@ from pathlib import Path
 from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import op_spec
 
-
 PANEL_INCHES = (4, 4.8)
 TITLE_CHARACTERS = 48  # per panel
 GROUPS_PER_LINE = 3  # where a group is one panel
