@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 _KEY = "kvfold"
-ALIGNMENT = 16  # bytes, of the rows of floating-point tensors
+ALIGNMENT = 16  # bytes, of the rows of floating-point tensors if nothing else is declared
 FLOATS = ("bf16", "fp32")
 _SCALAR_TYPES = {int: "int", bool: "bool", float: "float", str: "str"}
 _POINTERS = {"fp32": "float", "int32": "int", "int64": "int64", "uint8": "uint8"}
@@ -70,7 +70,10 @@ class TensorArgument:
         dtypes: accepted dtypes, by short name.
         like: name of a tensor before it whose dtype it must have, or None.
         mutated: whether the op writes it.
-        strides: names of the outer strides in the CUDA parameter struct.
+        optional: whether None stands for its absence; it is then passed by name only.
+        strides: names of its strides in the CUDA parameter struct: of all but the last one, which
+            must be 1, or of all.
+        alignment: bytes; its address and its outer strides are multiples of it.
         help: what it holds, in one phrase.
     """
 
@@ -79,13 +82,20 @@ class TensorArgument:
     dtypes: tuple[str, ...]
     like: str | None
     mutated: bool
+    optional: bool
     strides: tuple[str, ...]
+    alignment: int
     help: str
 
     @property
     def is_float(self) -> bool:
-        """Whether its rows must be 16-byte aligned, as those of floating-point tensors are."""
+        """Whether it holds floating-point values."""
         return self.dtypes[0] in FLOATS
+
+    @property
+    def any_strides(self) -> bool:
+        """Whether the last dimension may have any stride."""
+        return len(self.strides) == len(self.shape)
 
     @property
     def shape_text(self) -> str:
@@ -134,25 +144,33 @@ def tensor(
     help: str,
     like: str | None = None,
     mutated: bool = False,
+    optional: bool = False,
     strides: str | None = None,
+    alignment: int | None = None,
 ) -> Any:
-    """A tensor argument.
+    """A tensor argument; see TensorArgument.
 
     Args:
         shape: 'num_tokens, 2*state_dim'; see Dimension.
         dtypes: 'bf16, fp32'.
-        like: name of a tensor whose dtype it must have.
-        strides: names of the outer strides, by default '<argument>_stride' for the only one.
+        strides: by default '<argument>_stride' for the only outer stride.
+        alignment: by default 16 for floating-point tensors and 1 for others.
     """
+    dtype_names = tuple(text.strip() for text in dtypes.split(","))
     declaration = {
         "shape": tuple(Dimension.parse(text.strip()) for text in shape.split(",")),
-        "dtypes": tuple(text.strip() for text in dtypes.split(",")),
+        "dtypes": dtype_names,
         "like": like,
         "mutated": mutated,
+        "optional": optional,
         "strides": None if strides is None else tuple(text.strip() for text in strides.split(",")),
+        "alignment": alignment or (ALIGNMENT if dtype_names[0] in FLOATS else 1),
         "help": help,
     }
-    return dataclasses.field(metadata={_KEY: (TensorArgument, declaration)})
+    metadata = {_KEY: (TensorArgument, declaration)}
+    if optional:
+        return dataclasses.field(default=None, metadata=metadata)
+    return dataclasses.field(metadata=metadata)
 
 
 def scalar(
@@ -179,7 +197,7 @@ def scalar(
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of one call of an op, in its order."""
+    """The arguments of one call of an op, in its order: tensors, scalars, optional tensors."""
 
     @classmethod
     @cache
@@ -193,6 +211,10 @@ class Arguments:
                 assert outer < 2, f"name the {outer} outer strides of {field.name}"
                 declaration = declaration | {"strides": (f"{field.name}_stride",) * outer}
             found.append(kind(name=field.name, **declaration))
+        order = [
+            1 if isinstance(one, ScalarArgument) else 2 if one.optional else 0 for one in found
+        ]
+        assert order == sorted(order), "tensors come first, then scalars, then optional tensors"
         return tuple(found)
 
     @classmethod
@@ -211,11 +233,20 @@ class Arguments:
         """The values in the op's order."""
         return tuple(getattr(self, one.name) for one in self.declared())
 
+    def tensors(self) -> tuple[Any, ...]:
+        """The tensors in the op's order; None for one that is absent."""
+        return tuple(getattr(self, one.name) for one in self.declared_tensors())
+
     def args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The values as a call takes them: `op(*args, **kwargs)`."""
-        by_name = [one.name for one in self.declared_scalars() if one.keyword]
+        by_name = [one.name for one in self.declared() if _by_name(one)]
         args = self.args()
         return args[: len(args) - len(by_name)], {name: getattr(self, name) for name in by_name}
+
+
+def _by_name(one: Argument) -> bool:
+    """Whether an argument is passed by name only."""
+    return one.optional if isinstance(one, TensorArgument) else one.keyword
 
 
 def schema(op: str, arguments: type[Arguments]) -> str:
@@ -223,13 +254,12 @@ def schema(op: str, arguments: type[Arguments]) -> str:
     aliases = iter(string.ascii_lowercase)
     parts = []
     for one in arguments.declared():
+        if _by_name(one) and "*" not in parts:
+            parts.append("*")
         if isinstance(one, TensorArgument):
-            parts.append(
-                f"Tensor({next(aliases)}!) {one.name}" if one.mutated else f"Tensor {one.name}"
-            )
+            kind = f"Tensor({next(aliases)}!)" if one.mutated else "Tensor"
+            parts.append(f"{kind}? {one.name}=None" if one.optional else f"{kind} {one.name}")
         else:
-            if one.keyword and "*" not in parts:
-                parts.append("*")
             default = "" if one.default is None else f"={_literal(one.default)}"
             parts.append(f"{_SCALAR_TYPES[one.type]} {one.name}{default}")
     return f"{op}({', '.join(parts)}) -> ()"
@@ -249,32 +279,32 @@ class ParamStruct:
     Attributes:
         pointers: (C type, name) of the members that are pointers; they come first.
         strides: names of the int64 members, strides in elements.
-        integers: (C type, name) of the 4-byte members.
+        numbers: (C type, name) of the 4-byte members.
     """
 
     pointers: tuple[tuple[str, str], ...]
     strides: tuple[str, ...]
-    integers: tuple[tuple[str, str], ...]
+    numbers: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, arguments: type[Arguments], params: Sequence[str]) -> "ParamStruct":
         """The struct of an op.
 
         Args:
-            params: the 4-byte members, 'name' for an int or 'uint32 name'.
+            params: the 4-byte members, 'name' for an int, 'uint32 name' or 'float name'.
         """
         tensors = arguments.declared_tensors()
         return cls(
             pointers=tuple((one.pointer(), one.name) for one in tensors),
             strides=tuple(name for one in tensors for name in one.strides),
-            integers=tuple(_typed(text) for text in params),
+            numbers=tuple(_typed(text) for text in params),
         )
 
     def members(self) -> Iterator[tuple[str, str]]:
         """(C type, name) of every member, in order."""
         yield from self.pointers
         yield from (("int64", name) for name in self.strides)
-        yield from self.integers
+        yield from self.numbers
 
     @property
     def size(self) -> int:
@@ -283,12 +313,12 @@ class ParamStruct:
 
     @property
     def _layout(self) -> str:
-        kinds = {"int": "i", "uint32": "I"}
-        return f"{len(self.strides)}q" + "".join(kinds[kind] for kind, _ in self.integers)
+        kinds = {"int": "i", "uint32": "I", "float": "f"}
+        return f"{len(self.strides)}q" + "".join(kinds[kind] for kind, _ in self.numbers)
 
-    def pack(self, strides: Sequence[int], integers: Mapping[str, int]) -> bytes:
-        """What follows the pointers. Raises KeyError for an integer that is not given."""
-        values = (integers[name] for _, name in self.integers)
+    def pack(self, strides: Sequence[int], numbers: Mapping[str, Any]) -> bytes:
+        """What follows the pointers. Raises KeyError for a number that is not given."""
+        values = (numbers[name] for _, name in self.numbers)
         return struct.pack(self._layout, *strides, *values)
 
 

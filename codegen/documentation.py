@@ -90,9 +90,9 @@ def argument_rows(spec: OpSpec) -> Iterator[tuple[str, str, str, str]]:
     """(name, shape, dtype or accepted words, meaning) of every argument of the torch op."""
     for one in spec.arguments.declared():
         if isinstance(one, TensorArgument):
-            mutated = ", mutated" if one.mutated else ""
+            notes = (", mutated" if one.mutated else "") + (", or None" if one.optional else "")
             dtype = f"as `{one.like}`" if one.like else ", ".join(one.dtypes)
-            yield f"`{one.name}`{mutated}", one.shape_text, dtype, one.help
+            yield f"`{one.name}`{notes}", one.shape_text, dtype, one.help
         else:
             default = "" if one.default is None else f" = {_literal(one.default)}"
             values = ", ".join(map(_literal, one.choices)) or one.type.__name__

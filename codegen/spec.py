@@ -66,7 +66,8 @@ class OpSpec:
         defined_by: dimension -> the tensor that defines it, where that is not the first tensor that
             has the dimension by its plain name.
         may_be_same: pairs of tensors for which a caller may pass one tensor.
-        params: 4-byte members of the CUDA parameter struct, 'name' (int) or 'uint32 name'.
+        params: 4-byte members of the CUDA parameter struct, 'name' (int), 'uint32 name' or
+            'float name'.
     """
 
     problem: type[Problem]

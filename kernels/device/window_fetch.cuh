@@ -18,7 +18,8 @@ struct LeafFetch {
   // New rows whose loads, of ape too, are issued before the first is waited for. More would take
   // registers that other CTAs of the SM could have.
   static constexpr int new_rows_at_once =
-      max_of(1, 256 / int(sizeof(typename New::Columns) + sizeof(typename New::Ape)));
+      max_of(1, (Held::in_registers ? 128 : 256) /
+                    int(sizeof(typename New::Columns) + sizeof(typename New::Ape)));
   static constexpr uint32 all_rows = (1u << Shape::held_rows) - 1;
 
   const Params& p;
@@ -142,23 +143,32 @@ struct LeafFetch {
 
   // The dtypes are equal: rows are loaded into the registers that hold them, only ape takes others.
   __device__ __forceinline__ void load_new_in_place() {
-    typename New::Ape ape[Shape::held_rows];
+    constexpr int at_once = min_of(Shape::held_rows, 2);
 #pragma unroll
     for (int i = 0; i < Shape::held_rows; ++i) {
       const auto from = find_new(i);
       load_over(held.at(i, Held::kv), from.kv, is_new(i));
       load_over(held.at(i, Held::score), from.score, is_new(i));
-      ape[i] = New::load_ape(from, is_new(i));
     }
     if constexpr (C::ape_in_state) {
 #pragma unroll
-      for (int i = 0; i < Shape::held_rows; ++i)
-        if (is_new(i)) New::round_score(held.at(i, Held::score), ape[i], held.at(i, Held::score));
+      for (int first = 0; first < Shape::held_rows; first += at_once) {
+        typename New::Ape ape[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; ++i)
+          ape[i] = New::load_ape(find_new(first + i), is_new(first + i));
+#pragma unroll
+        for (int i = first; i < first + at_once; ++i)
+          if (is_new(i))
+            New::round_score(held.at(i, Held::score), ape[i - first], held.at(i, Held::score));
+      }
     }
   }
 
+  // The register that is to hold a score holds ape first, if it is as wide.
   __device__ __forceinline__ void load_new_and_round() {
     constexpr int at_once = min_of(Shape::held_rows, new_rows_at_once);
+    constexpr bool ape_in_place = is_same<typename New::Ape, typename State::Columns>;
 #pragma unroll
     for (int first = 0; first < Shape::held_rows; first += at_once) {
       if (at_once < Shape::held_rows && !(new_rows >> first & ((1u << at_once) - 1))) continue;
@@ -168,13 +178,18 @@ struct LeafFetch {
       for (int i = 0; i < at_once; ++i) {
         const auto from = find_new(first + i);
         columns[i] = New::load_columns(from, is_new(first + i));
-        ape[i] = New::load_ape(from, is_new(first + i));
+        if constexpr (ape_in_place)
+          load_over(held.at(first + i, Held::score), from.ape, is_new(first + i) && C::ape_in_state);
+        else
+          ape[i] = New::load_ape(from, is_new(first + i));
       }
 #pragma unroll
-      for (int i = 0; i < at_once; ++i)
+      for (int i = 0; i < at_once; ++i) {
+        if constexpr (ape_in_place) ape[i] = held.at(first + i, Held::score);
         if (is_new(first + i))
           New::round(columns[i], ape[i], held.at(first + i, Held::kv),
                      held.at(first + i, Held::score));
+      }
     }
   }
 

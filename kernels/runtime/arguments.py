@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvfold.codegen import Arguments, OpSpec, Problem, TableError, TensorArgument
-from kvfold.codegen.arguments import ALIGNMENT
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -58,13 +57,12 @@ def check(spec: OpSpec, arguments: Arguments) -> Call:
         ValueError: naming the argument, what it is, and what is accepted.
     """
     check_tensors(spec, arguments)
-    declared = spec.arguments.declared_tensors()
-    for one in declared:
+    given = _given(arguments)
+    for one, _ in given:
         _check_dtype(spec.name, one, arguments)
     dimensions = dimensions_of(spec, arguments)
     problem = _problem(spec, arguments, dimensions)
-    for one in declared:
-        tensor = getattr(arguments, one.name)
+    for one, tensor in given:
         wanted = [dimension.value(dimensions) for dimension in one.shape]
         if list(tensor.shape) != wanted:
             refuse(
@@ -77,7 +75,7 @@ def check(spec: OpSpec, arguments: Arguments) -> Call:
             refuse(spec.name, one.name, f"of shape {wanted}", f"dimensions of at most {MAX_LENGTH}")
         _check_strides(spec.name, one, tensor)
     _check_aliases(spec, arguments)
-    device = getattr(arguments, declared[0].name).device
+    device = given[0][1].device
     return Call(dimensions, problem, dimensions[spec.size_dimension], device)
 
 
@@ -88,8 +86,7 @@ def check_tensors(spec: OpSpec, arguments: Arguments) -> None:
         ValueError: as `check`.
     """
     first = spec.arguments.declared_tensors()[0].name
-    for one in spec.arguments.declared_tensors():
-        tensor = getattr(arguments, one.name)
+    for one, tensor in _given(arguments):
         if not isinstance(tensor, Tensor):
             refuse(spec.name, one.name, f"a {type(tensor).__name__}", "a tensor")
         if tensor.layout != torch.strided:
@@ -107,15 +104,27 @@ def check_tensors(spec: OpSpec, arguments: Arguments) -> None:
             refuse(spec.name, one.name, repr(value), ", ".join(map(repr, one.choices)))
 
 
+def _given(arguments: Arguments) -> list[tuple[TensorArgument, Tensor]]:
+    """The declared tensors and their values, without the optional ones that are absent."""
+    declared = arguments.declared_tensors()
+    pairs = zip(declared, arguments.tensors(), strict=True)
+    return [(one, tensor) for one, tensor in pairs if tensor is not None or not one.optional]
+
+
 def dimensions_of(spec: OpSpec, arguments: Arguments) -> dict[str, int]:
-    """The length of every named dimension: a scalar of that name, or the defining tensor's."""
+    """The length of every named dimension: a scalar of that name, or the defining tensor's.
+
+    A dimension whose defining tensor is absent is not there.
+    """
     found = {
         one.name: getattr(arguments, one.name)
         for one in spec.arguments.declared_scalars()
         if one.type is int
     }
-    for name, (tensor, index) in spec.definitions.items():
-        found.setdefault(name, getattr(arguments, tensor).shape[index])
+    for name, (argument, index) in spec.definitions.items():
+        tensor = getattr(arguments, argument)
+        if tensor is not None:
+            found.setdefault(name, tensor.shape[index])
     return found
 
 
@@ -125,10 +134,7 @@ def refuse(op: str, name: str, value: object, accepted: str) -> NoReturn:
 
 
 def _problem(spec: OpSpec, arguments: Arguments, dimensions: Mapping[str, int]) -> Problem:
-    dtypes = {
-        one.name: DTYPE_NAMES[getattr(arguments, one.name).dtype]
-        for one in spec.arguments.declared_tensors()
-    }
+    dtypes = {one.name: DTYPE_NAMES[tensor.dtype] for one, tensor in _given(arguments)}
     try:
         return spec.problem_of(dimensions, arguments, dtypes)
     except TableError as error:  # a problem field that is not legal
@@ -151,17 +157,15 @@ def _check_dtype(op: str, one: TensorArgument, arguments: Arguments) -> None:
 
 
 def _check_strides(op: str, one: TensorArgument, tensor: Tensor) -> None:
-    if one.is_float and tensor.data_ptr() % ALIGNMENT:
-        value = f"at an address % {ALIGNMENT} = {tensor.data_ptr() % ALIGNMENT}"
-        refuse(op, one.name, value, f"rows that start at multiples of {ALIGNMENT} bytes")
-    if tensor.is_contiguous():
-        return
+    accepted = f"rows that start at multiples of {one.alignment} bytes"
+    if tensor.data_ptr() % one.alignment:
+        value = f"at an address % {one.alignment} = {tensor.data_ptr() % one.alignment}"
+        refuse(op, one.name, value, accepted)
     shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
-    if shape[-1] > 1 and strides[-1] != 1:
+    if shape[-1] > 1 and strides[-1] != 1 and not one.any_strides:
         refuse(op, one.name, f"of strides {strides}", "a contiguous last dimension")
     outer = [stride for length, stride in zip(shape, strides, strict=True) if length > 1][:-1]
-    if one.is_float and any(stride * size % ALIGNMENT for stride in outer):
-        accepted = f"rows that start at multiples of {ALIGNMENT} bytes"
+    if any(stride * size % one.alignment for stride in outer):
         refuse(op, one.name, f"of strides {strides}", accepted)
     if one.mutated and _overlaps_itself(tensor):
         refuse(op, one.name, f"of strides {strides}", "rows that do not overlap: it is written")
@@ -180,15 +184,13 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _check_aliases(spec: OpSpec, arguments: Arguments) -> None:
     """Refuses a written tensor that shares memory with another argument."""
-    for one, other in itertools.combinations(spec.arguments.declared_tensors(), 2):
-        if one.mutated or other.mutated:
-            a, b = getattr(arguments, one.name), getattr(arguments, other.name)
-            if _share_memory(a, b):
-                written, second = (one, other) if one.mutated else (other, one)
-                refuse(
-                    spec.name, written.name, f"in the memory of {second.name}",
-                    "memory of its own: it is written",
-                )  # fmt: skip
+    for (one, a), (other, b) in itertools.combinations(_given(arguments), 2):
+        if (one.mutated or other.mutated) and _share_memory(a, b):
+            written, second = (one, other) if one.mutated else (other, one)
+            refuse(
+                spec.name, written.name, f"in the memory of {second.name}",
+                "memory of its own: it is written",
+            )  # fmt: skip
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -91,8 +91,11 @@ class PackedLaunch:
             one.name: one.as_int(getattr(arguments, one.name))
             for one in spec.arguments.declared_scalars()
         }
-        tensors = [getattr(arguments, one.name) for one in spec.arguments.declared_tensors()]
-        strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+        tensors = arguments.tensors()
+        strides: list[int] = []
+        for one, tensor in zip(arguments.declared_tensors(), tensors, strict=True):
+            count = len(one.strides)
+            strides += [0] * count if tensor is None else tensor.stride()[:count]
         changes = struct.Struct(_CHANGES.format(len(tensors)))
         grid = _GRID.pack(
             plan.ctas, 1, 1, variant.launch.threads, 1, 1, variant.launch.shared_bytes
@@ -108,7 +111,7 @@ class PackedLaunch:
         """Launches on torch's current stream of the tensors' device, which must be current.
 
         Args:
-            pointers: addresses of the op's tensors, in its order.
+            pointers: addresses of the op's tensors, in its order; 0 for one that is absent.
         """
         if not self._has_work:
             return  # CUDA refuses a grid without CTAs
@@ -164,8 +167,7 @@ class Kernel:
 
     def __call__(self, arguments: Arguments) -> None:
         """Launches on the arguments, which have been checked."""
-        tensors = arguments.args()[: len(arguments.declared_tensors())]
-        self.pack(arguments)([tensor.data_ptr() for tensor in tensors])
+        self.pack(arguments)([x.data_ptr() if x is not None else 0 for x in arguments.tensors()])
 
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}

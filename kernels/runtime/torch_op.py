@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from kvfold.codegen import OpSpec, TensorArgument, Variant, op_spec, op_specs, schema
+from kvfold.codegen import Arguments, OpSpec, TensorArgument, Variant, op_spec, op_specs, schema
 from kvfold.runtime import dispatch, internals, repeat
 from kvfold.runtime.arguments import check, check_tensors, refuse
 from kvfold.runtime.driver import Kernel
 
 _LIBRARY = torch.library.Library("kvfold", "FRAGMENT")
-_ALIGNED = 15  # the low bits of the address of a row of floats
 _data_ptr = torch.Tensor.data_ptr
 
 
@@ -47,21 +46,19 @@ class TorchOp:
         torch.library.register_fake(f"kvfold::{spec.name}", lib=_LIBRARY)(self._fake)
         self._torch_op = getattr(torch.ops.kvfold, spec.name).default
 
-        declared = spec.arguments.declared()
-        tensors = [isinstance(one, TensorArgument) for one in declared]
-        self._tensors = sum(tensors)
-        assert tensors == sorted(tensors, reverse=True), "tensors come before scalars"
-        scalars = spec.arguments.declared_scalars()
+        tensors, scalars = spec.arguments.declared_tensors(), spec.arguments.declared_scalars()
+        self._optional = [one.name for one in tensors if one.optional]
+        self._required = len(tensors) - len(self._optional)
         self._names = [one.name for one in scalars]
         self._defaults = [one.default for one in scalars]
         self._positional = sum(not one.keyword for one in scalars)
+        self._by_name = self._names[self._positional :]
         self._keyed = _covering(spec)
         self._bools = [i for i, one in enumerate(scalars) if one.type is bool]
-        self._floats = [
-            i for i, one in enumerate(spec.arguments.declared_tensors()) if one.is_float
-        ]
+        # The low bits of an address that must be 0.
+        self._low_bits = [(i, x.alignment - 1) for i, x in enumerate(tensors) if x.alignment > 1]
         # Tensors that may be one tensor; a guard takes no tensor twice.
-        names = [one.name for one in spec.arguments.declared_tensors()]
+        names = [one.name for one in tensors]
         self._twins = [tuple(map(names.index, pair)) for pair in spec.may_be_same]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,10 +70,10 @@ class TorchOp:
                 key = self._key("direct", tensors, scalars)
                 if key is not None and self._launch_again(key, tensors):
                     return
-            check_tensors(self.spec, self.spec.arguments(*tensors, *scalars))
-        names = self._names[self._positional :]
-        keywords = dict(zip(names, scalars[self._positional :], strict=True))
-        self._torch_op(*tensors, *scalars[: self._positional], **keywords)
+            check_tensors(self.spec, self._arguments(tensors, scalars))
+        by_name = dict(zip(self._by_name, scalars[self._positional :], strict=True))
+        by_name.update(zip(self._optional, tensors[self._required :], strict=True))
+        self._torch_op(*tensors[: self._required], *scalars[: self._positional], **by_name)
         if key is not None:
             self._remember_direct(key, tensors, scalars)
 
@@ -87,7 +84,7 @@ class TorchOp:
             ValueError: as the op; or the variant solves another problem.
         """
         tensors, scalars = self._split(args, kwargs)
-        arguments = self.spec.arguments(*tensors, *scalars)
+        arguments = self._arguments(tensors, scalars)
         call = check(self.spec, arguments)
         if call.problem != variant.problem:
             raise ValueError(f"{variant.symbol} solves {variant.problem}; got {call.problem}")
@@ -102,7 +99,7 @@ class TorchOp:
         key = self._key("dispatcher", tensors, scalars)
         if key is not None and self._launch_again(key, tensors):
             return
-        arguments = self.spec.arguments(*tensors, *scalars)
+        arguments = self._arguments(tensors, scalars)
         call = check(self.spec, arguments)
         if not call.size:
             return
@@ -110,7 +107,7 @@ class TorchOp:
         with on_device(call.device):
             if isinstance(launcher, Kernel) and key is not None and self._may_remember(tensors):
                 launch = launcher.pack(arguments)
-                launch(list(map(_data_ptr, tensors)))
+                launch(_addresses(tensors))
                 repeat.remember(key, self._different(tensors), launch)
             else:
                 launcher(arguments)
@@ -119,7 +116,7 @@ class TorchOp:
         """Reached by fake tensors, and by a call in which any tensor is on the meta device."""
         tensors, _ = self._split(args, kwargs)
         for one, tensor in zip(self.spec.arguments.declared_tensors(), tensors, strict=True):
-            if tensor.device != tensors[0].device:
+            if tensor is not None and tensor.device != tensors[0].device:
                 first = self.spec.arguments.declared_tensors()[0].name
                 accepted = f"{tensors[0].device}, where {first} is"
                 refuse(self.spec.name, one.name, f"on {tensor.device}", accepted)
@@ -147,6 +144,7 @@ class TorchOp:
             scalars,
             shapes,
             tuple([tensors[i] is tensors[j] for i, j in self._twins]),
+            tuple([tensor is None for tensor in tensors[self._required :]]),
             internals.current_device() if on_gpu else -1,
             torch.is_inference_mode_enabled(),
         )
@@ -159,11 +157,11 @@ class TorchOp:
             return False
         if launch is None:
             return False
-        pointers = list(map(_data_ptr, tensors))
+        pointers = _addresses(tensors)
         bits = 0
-        for i in self._floats:
-            bits |= pointers[i]
-        if bits & _ALIGNED:
+        for i, low_bits in self._low_bits:
+            bits |= pointers[i] & low_bits
+        if bits:
             return False  # a view of the same layout whose rows are not aligned
         launch(pointers)
         return True
@@ -182,27 +180,42 @@ class TorchOp:
         return here and repeat.can_remember(self._different(tensors))
 
     def _different(self, tensors: tuple) -> tuple:
-        """The tensors, one that is passed as two arguments only once."""
+        """The tensors that are there, one that is passed as two arguments only once."""
         again = [j for i, j in self._twins if tensors[i] is tensors[j]]
-        if not again:
+        if not again and len(tensors) == self._required:
             return tensors
-        return tuple([tensor for j, tensor in enumerate(tensors) if j not in again])
+        return tuple([x for j, x in enumerate(tensors) if j not in again and x is not None])
+
+    def _arguments(self, tensors: tuple, scalars: tuple) -> Arguments:
+        """The arguments of a call."""
+        required = self._required
+        return self.spec.arguments(*tensors[:required], *scalars, *tensors[required:])
 
     def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, tuple]:
         """Tensors and scalars of a call, defaults filled in. Raises TypeError like a function."""
-        given, count = args[self._tensors :], self._tensors
+        given, count = args[self._required :], self._required
         if len(args) < count or len(given) > len(self._names):
             args = self.spec.arguments(*args, **kwargs).args()
-            return args[:count], args[count:]
+            last = count + len(self._names)
+            return args[:count] + args[last:], args[count:last]
         scalars, used = [*given, *self._defaults[len(given) :]], 0
         for index in range(len(given), len(scalars)):
             name = self._names[index]
             if name in kwargs:
                 scalars[index] = kwargs[name]
                 used += 1
+        tensors = args[:count]
+        if self._optional:
+            tensors += tuple([kwargs.get(name) for name in self._optional])
+            used += sum([name in kwargs for name in self._optional])
         if used != len(kwargs) or None in scalars:
             self.spec.arguments(*args, **kwargs)  # raises the TypeError of such a call
-        return args[:count], tuple(scalars)
+        return tensors, tuple(scalars)
+
+
+def _addresses(tensors: Sequence) -> list[int]:
+    """The tensors' addresses; 0 for one that is absent."""
+    return [0 if tensor is None else _data_ptr(tensor) for tensor in tensors]
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -211,9 +224,12 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _covering(spec: OpSpec) -> Sequence[int]:
-    """Indices of few tensors whose shapes tell every dimension of the op that varies."""
-    left = set(spec.definitions)
-    tensors = list(enumerate(spec.arguments.declared_tensors()))
+    """Indices of few tensors whose shapes tell every dimension of the op that varies.
+
+    Optional tensors do not count; the guard compares their shapes.
+    """
+    tensors = [x for x in enumerate(spec.arguments.declared_tensors()) if not x[1].optional]
+    left = set().union(*(_names(one) for _, one in tensors)) & set(spec.definitions)
     chosen = []
     while left:
         index, one = max(tensors, key=lambda item: len(left & _names(item[1])))

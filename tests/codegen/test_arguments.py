@@ -175,7 +175,7 @@ def offsets(params: ParamStruct) -> dict[str, tuple[int, int]]:
 def test_the_struct_that_python_packs_is_the_struct_that_cuda_has():
     params = op_spec(OP).param_struct
     layout = offsets(params)
-    assert len(layout) == len(params.pointers) + len(params.strides) + len(params.integers)
+    assert len(layout) == len(params.pointers) + len(params.strides) + len(params.numbers)
     # __INTADDR__ is NVRTC's offsetof.
     checks = [
         f"static_assert(__INTADDR__(&((Params*)0)->{name}) == {offset}"

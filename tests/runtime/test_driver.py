@@ -110,7 +110,7 @@ def test_the_parameters_are_pointers_strides_dimensions_scalars_and_the_plans_va
         assert [getattr(params, name) for name in one.strides] == list(tensor.stride()[:-1])
     assert params.paged_kv_slot_stride == 2 * 128  # KV and score side by side
     expected = dimensions | {"prefetch": 0} | dict(plan.values)
-    for _, name in SPEC.param_struct.integers:
+    for _, name in SPEC.param_struct.numbers:
         assert getattr(params, name) == expected[name]
     assert (params.batch, params.page_size) == (3, 8)
 

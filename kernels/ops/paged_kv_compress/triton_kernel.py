@@ -36,7 +36,7 @@ def launch(variant: Variant, arguments: Arguments) -> None:
     a, problem, tuning = arguments, variant.problem, variant.tuning
     num_pages, page_size, _ = a.paged_kv.shape
     slices = problem.head_dim // tuning.head_slice
-    tensors = a.args()[: len(a.declared_tensors())]
+    tensors = a.tensors()
     strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     _kernel[(a.kv_lens.numel() * slices,)](
         *tensors,

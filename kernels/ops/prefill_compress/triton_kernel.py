@@ -35,7 +35,7 @@ def launch(variant: Variant, arguments: Arguments) -> None:
     num_tokens = a.kv_score.size(0)
     num_pages, page_size, _ = a.paged_kv.shape
     slices = problem.head_dim // tuning.head_slice
-    tensors = a.args()[: len(a.declared_tensors())]
+    tensors = a.tensors()
     strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     _kernel[(triton.cdiv(num_tokens, TILE_ROWS) * slices,)](
         *tensors,

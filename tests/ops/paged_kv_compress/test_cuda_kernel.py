@@ -174,5 +174,5 @@ def test_the_plan_gives_every_member_that_is_no_dimension_and_no_scalar():
     planned = plan_of(call, variant_of(call, reduce_warps=1, head_slice=16))
     scalars = {one.name: getattr(call, one.name) for one in SPEC.arguments.declared_scalars()}
     known = scalars | dict(check(SPEC, call).dimensions) | dict(planned.values)
-    assert {name for _, name in SPEC.param_struct.integers} <= known.keys()
+    assert {name for _, name in SPEC.param_struct.numbers} <= known.keys()
     assert planned.values.keys().isdisjoint(check(SPEC, call).dimensions)

@@ -75,7 +75,7 @@ def test_the_plan_gives_every_member_that_is_no_dimension_and_no_scalar():
     planned, dimensions = plan_of(call), dict(check(SPEC, call).dimensions)
     scalars = {one.name: getattr(call, one.name) for one in SPEC.arguments.declared_scalars()}
     known = scalars | dimensions | dict(planned.values)
-    assert {name for _, name in SPEC.param_struct.integers} <= known.keys()
+    assert {name for _, name in SPEC.param_struct.numbers} <= known.keys()
     assert planned.values.keys().isdisjoint(dimensions)
 
 

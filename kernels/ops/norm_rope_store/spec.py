@@ -1,0 +1,107 @@
+"""The declaration of norm_rope_store; docs/ops.md explains the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvfold import codegen
+from kvfold.codegen import Launch, OpSpec, dtype, integer, scalar, tensor
+from kvfold.ops.row_spec import (
+    HEAD_DIMS,
+    ROW_PARAMS,
+    RowKeywords,
+    RowOptions,
+    RowScalars,
+    RowTensors,
+    layout_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WARPS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(codegen.Problem):
+    """What a kernel of norm_rope_store solves. One kernel serves every cache format."""
+
+    op: ClassVar[str] = "norm_rope_store"
+
+    head_dim: int = integer(HEAD_DIMS, symbol="hd{}", help="columns of a row")
+    rows_dtype: str = dtype("bf16", "fp32", help="dtype of rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(codegen.Tuning):
+    """How a kernel of norm_rope_store solves it."""
+
+    warps: int = integer(WARPS, symbol="w{}", help="warps of a CTA; cuda: each takes one row")
+
+
+@dataclass(frozen=True)
+class Rows(codegen.Arguments):
+    """The first argument."""
+
+    rows: Tensor = tensor("num_rows, head_dim", "bf16, fp32", help="compressed rows")
+
+
+@dataclass(frozen=True)
+class Prefetch(codegen.Arguments):
+    """The last scalar."""
+
+    prefetch: str = scalar(
+        str,
+        default="none",
+        choices=("none", "metadata", "state"),
+        keyword=True,
+        help="what may be read while the kernel before this one still runs: nothing; positions and"
+        " slots; the same",
+    )
+
+
+@dataclass(frozen=True)
+class Arguments(RowOptions, Prefetch, RowKeywords, RowScalars, RowTensors, Rows):
+    """The arguments of norm_rope_store."""
+
+
+def problem_of(
+    dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
+) -> Problem:
+    """The problem of a call."""
+    layout_of(arguments, dimensions)
+    return Problem(head_dim=dimensions["head_dim"], rows_dtype=dtypes["rows"])
+
+
+def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
+    """What a variant needs."""
+    return Launch(threads=32 * tuning.warps)
+
+
+def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
+    """Tuning to start from, for a problem without a row."""
+    yield Tuning(warps=4)
+
+
+def explain(problem: Problem, backend: str, tuning: Tuning, rows: int) -> str:
+    """How a variant runs at a number of rows."""
+    if backend == "triton":
+        return f"{rows} CTAs, one per row, of {tuning.warps} warps"
+    return f"{-(-rows // tuning.warps)} CTAs, a warp per row"
+
+
+SPEC = OpSpec(
+    problem=Problem,
+    tuning=Tuning,
+    arguments=Arguments,
+    axis="rows",
+    axis_help="rows in the call",
+    size_dimension="num_rows",
+    problem_of=problem_of,
+    launch=launch,
+    propose=propose,
+    explain=explain,
+    params=("num_rows", "prefetch", *ROW_PARAMS),
+)
