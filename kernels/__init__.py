@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvfold.ops.paged_kv_compress.check import check
+    from kvfold.ops.norm_rope_store.op import norm_rope_store
     from kvfold.ops.paged_kv_compress.op import paged_kv_compress
     from kvfold.ops.prefill_compress.op import prefill_compress
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "check", "paged_kv_compress", "prefill_compress"]
+__all__ = ["__version__", "check", "norm_rope_store", "paged_kv_compress", "prefill_compress"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""From a compressed row to the values that are quantised: RMSNorm, RoPE and rotation, in torch.
+"""From a compressed row to the cache, in torch: RMSNorm, RoPE, rotation, quantisation, store.
 
-Every step rounds to fp32 once, in an order that the kernels share, so all backends give the same bits.
+Every step rounds to fp32 once, in an order that the kernels share, so that all backends give the
+same bits.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def store(arguments: Any, rows: Tensor, present: Tensor) -> None:
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm: x * rstd * weight with rstd = 1 / sqrt(mean(x**2) + eps), over the last dimension."""
+    """RMSNorm over the last dimension: x * rstd * weight, rstd = 1 / sqrt(mean(x**2) + eps)."""
     width = torch.full((), float(x.size(-1)), dtype=x.dtype, device=x.device)
     mean = (sum_of_columns(x * x) / width).unsqueeze(-1)
     rstd = torch.ones_like(mean) / torch.sqrt(mean + eps)
@@ -105,7 +106,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def sum_of_columns(x: Tensor) -> Tensor:
-    """Sums the last dimension by a balanced tree: neighbours first. Its length is a power of two."""
+    """Sums the last dimension, of a power of two, by a balanced tree that begins with neighbours."""
     while x.size(-1) > 1:
         x = x[..., 0::2] + x[..., 1::2]
     return x[..., 0]

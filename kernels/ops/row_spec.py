@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 HEAD_DIMS = (128, 256, 512)  # a lane of a warp has head_dim / 32 columns, a power of two
 ROUNDINGS = ("once", "before_codes", "codes_from_bf16", "each_step")
 
-# The members of the CUDA parameter struct that describe the way from a row to the cache. row_plan.py
-# works out those that are no argument.
+# The members of the CUDA parameter struct that describe the way from a row to the cache.
+# row_plan.py computes those that are no argument.
 ROW_PARAMS = (
     "max_pos",
     "rope_pairs",
