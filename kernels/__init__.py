@@ -10,8 +10,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvfold.ops.paged_kv_compress.check import check
     from kvfold.ops.norm_rope_store.op import norm_rope_store
+    from kvfold.ops.paged_kv_compress.check import check
     from kvfold.ops.paged_kv_compress.op import paged_kv_compress
     from kvfold.ops.prefill_compress.op import prefill_compress
 

@@ -106,7 +106,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def sum_of_columns(x: Tensor) -> Tensor:
-    """Sums the last dimension, of a power of two, by a balanced tree that begins with neighbours."""
+    """Sums the last dimension, a power of two, by a balanced tree that begins with neighbours."""
     while x.size(-1) > 1:
         x = x[..., 0::2] + x[..., 1::2]
     return x[..., 0]
