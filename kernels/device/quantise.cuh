@@ -1,0 +1,92 @@
+// Codes and scales of cache formats. kvfold.formats has the same in torch, and docs/formats.md says what
+// becomes of zeros, infinities and NaN. A format is data: one kernel serves them all.
+#pragma once
+#include "device/vector.cuh"
+
+constexpr uint32 magnitude_bits = 0x7fffffffu, infinity_bits = 0x7f800000u, nan_bits = 0x7fffffffu;
+constexpr uint32 largest_finite_bits = 0x7f7fffffu;
+
+// Values of Params::scale_code; ops/row_plan.py has them in the same order.
+constexpr int scale_none = 0, scale_tensor = 1, scale_fp32 = 2, scale_e8m0 = 3, scale_e4m3 = 4;
+
+// ---- Codes --------------------------------------------------------------------------------------
+
+// fp8 e4m3: to nearest, saturating; NaN is 0x7f. ties_down: ties go toward zero, and zeros are positive;
+// otherwise ties go to even codes, and a zero keeps its sign.
+__device__ __forceinline__ uint32 encode_e4m3(float value, bool ties_down) {
+  const uint32 bits = __float_as_uint(value), magnitude = bits & magnitude_bits;
+  const uint32 field = magnitude >> 23;
+  const uint32 mantissa = (magnitude & 0x7fffffu) | (field ? 0x800000u : 0u);
+  // Counted from the smallest normal of the code. Below it, one more mantissa bit is lost per step.
+  const int above = max_of(int(field), 1) - 121;
+  const int lost = min_of(20 - min_of(above, 0), 25);
+  const uint32 kept = mantissa >> lost, twice = 2 * (mantissa - (kept << lost)), unit = 1u << lost;
+  const bool up = twice > unit || (!ties_down && twice == unit && (kept & 1));
+  uint32 code = kept + uint32(up) + (uint32(max_of(above, 0)) << 3);
+  code = code > 0x7e ? 0x7e : code;
+  if (bits >> 31 && (!ties_down || code)) code |= 0x80;
+  return magnitude > infinity_bits ? 0x7fu : code;
+}
+
+// Two columns, the first in the low byte; with the instruction where there is one.
+__device__ __forceinline__ uint32 encode_pair_e4m3(float low, float high, bool ties_down) {
+#if __CUDA_ARCH__ >= 890
+  if (!ties_down) {
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+#endif
+  return encode_e4m3(low, ties_down) | encode_e4m3(high, ties_down) << 8;
+}
+
+__device__ __forceinline__ float decode_e4m3(uint32 code) {
+  const uint32 exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return __uint_as_float(nan_bits);
+  return exponent ? __uint_as_float((exponent + 120) << 23 | mantissa << 20)
+                  : float(mantissa) * 0.001953125f;
+}
+
+// fp4 e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign bit; NaN is 6. ties_down: as for fp8.
+__device__ __forceinline__ uint32 encode_e2m1(float value, bool ties_down) {
+  const float a = fabsf(value);
+  const bool even = !ties_down;
+  uint32 code = uint32(a > 0.25f) + uint32(a > 0.75f || (even && a == 0.75f)) + uint32(a > 1.25f) +
+                uint32(a > 1.75f || (even && a == 1.75f)) + uint32(a > 2.5f) +
+                uint32(a > 3.5f || (even && a == 3.5f)) + uint32(a > 5.0f);
+  if (__float_as_uint(value) >> 31 && (even || code)) code |= 8;
+  return a == a ? code : 7u;
+}
+
+// ---- Scales -------------------------------------------------------------------------------------
+
+// The scale of a block: its code in the page, and the value to divide by.
+struct BlockScale {
+  uint32 code;
+  float value;
+};
+
+// `amax`: bits of the largest magnitude of the block.
+template <class Params>
+__device__ __forceinline__ BlockScale scale_of_block(const Params& p, uint32 amax) {
+  if (amax == infinity_bits) amax = largest_finite_bits;
+  if (!p.floor_on_scale && amax < p.floor_bits) amax = p.floor_bits;
+  uint32 scale = __float_as_uint(__fdiv_rn(__uint_as_float(amax), p.largest));
+  if ((scale & magnitude_bits) > infinity_bits) scale = nan_bits;
+  if (p.floor_on_scale && scale < p.floor_bits) scale = p.floor_bits;
+  if (p.pow2) {
+    uint32 exponent = (scale >> 23) + uint32((scale & 0x7fffffu) != 0);
+    exponent = exponent > 255 ? 255 : exponent;
+    const uint32 value = exponent == 255 ? nan_bits : exponent << 23;
+    return {p.scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value)};
+  }
+  if (p.scale_code == scale_e4m3) {
+    const uint32 code = encode_e4m3(__uint_as_float(scale), false);
+    return {code, decode_e4m3(code)};
+  }
+  return {scale, __uint_as_float(scale)};
+}
+
+__device__ __forceinline__ float divide_by_scale(float value, float scale) {
+  return scale == 0.0f ? 0.0f : __fdiv_rn(value, scale);
+}
