@@ -75,6 +75,8 @@ def store(arguments: Any, rows: Tensor, present: Tensor) -> None:
     present = present & (a.slots >= 0) & (a.slots < places)
     present &= (a.positions >= 0) & (a.positions < max_pos)
     which = present.nonzero()[:, 0]
+    if not len(which):
+        return
     done = transform(
         rows[which],
         a.weight,
@@ -101,7 +103,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: x * rstd * weight, rstd = 1 / sqrt(mean(x**2) + eps)."""
     width = torch.full((), float(x.size(-1)), dtype=x.dtype, device=x.device)
     mean = (sum_of_columns(x * x) / width).unsqueeze(-1)
-    rstd = torch.ones_like(mean) / torch.sqrt(mean + eps)
+    # On a CPU, torch's sqrt of fp32 may be 1 ulp off. That of float64, rounded to fp32, never is.
+    rstd = torch.ones_like(mean) / torch.sqrt((mean + eps).double()).to(mean.dtype)
     return x * rstd * weight
 
 
