@@ -7,6 +7,7 @@ from typing import Any
 from .errors import TableError
 
 MAX_THREADS = 1024  # per CTA
+MAX_CLUSTER = 8  # CTAs of a cluster, that every architecture with clusters has
 SM_THREADS = 1536  # per SM, that every architecture has
 SM_REGISTERS = 65536  # per SM, likewise
 # KiB of shared memory that a CTA may ask for. Other architectures are taken to have the least.
@@ -17,6 +18,11 @@ _LEAST_SHARED_KIB = 99  # sm_86, sm_89, sm_120, sm_121
 def shared_bytes(arch: str) -> int:
     """Bytes of shared memory that a CTA may have on arch ('any' or 'sm_90')."""
     return 1024 * _SHARED_KIB.get(arch.rstrip(string.ascii_lowercase), _LEAST_SHARED_KIB)
+
+
+def has_clusters(arch: str) -> bool:
+    """Whether every GPU of arch ('any' or 'sm_90') has clusters of CTAs."""
+    return arch != "any" and int(arch.removeprefix("sm_").rstrip(string.ascii_lowercase)) >= 90
 
 
 def check_arch(arch: Any) -> None:

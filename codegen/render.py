@@ -75,6 +75,7 @@ def config_members(variant: Variant) -> list[str]:
         members += [_member(field, getattr(fields, field.name)) for field in fields.fields()]
     members.append(f"static constexpr int threads = {variant.launch.threads};")
     members.append(f"static constexpr int shared_bytes = {variant.launch.shared_bytes};")
+    members.append(f"static constexpr int cluster = {variant.launch.cluster};")
     for name, value in variant.launch.constants.items():
         members.append(f"static constexpr {type(value).__name__} {name} = {str(value).lower()};")
     return members

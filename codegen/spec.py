@@ -35,6 +35,7 @@ class Launch:
         shared_bytes: dynamic shared memory per CTA.
         shared_field: the tuning field that makes shared memory smaller, for error messages.
         min_ctas: CTAs that the registers of an SM must suffice for.
+        cluster: CTAs of a cluster; the grid is a multiple of it.
         constants: further members of the CUDA config struct.
     """
 
@@ -42,6 +43,7 @@ class Launch:
     shared_bytes: int = 0
     shared_field: str | None = None
     min_ctas: int = 1
+    cluster: int = 1
     constants: Mapping[str, Value] = field(default_factory=dict)
 
 

@@ -49,7 +49,10 @@ class Variant:
         return "_".join(parts if self.backend == "cuda" else [*parts, self.backend])
 
     def check_arch(self, arch: str) -> None:
-        """Raises TableError if a CTA needs more shared memory than arch ('any', 'sm_90') has."""
+        """Raises TableError unless arch ('any', 'sm_90') has the clusters and the shared memory."""
+        if self.launch.cluster > 1 and not gpu.has_clusters(arch):
+            what = f"is too low: the kernel needs clusters of {self.launch.cluster} CTAs"
+            raise TableError(what, field="arch", value=arch, legal="sm_90 or higher")
         needed, available = self.launch.shared_bytes, gpu.shared_bytes(arch)
         if needed > available:
             name = self.launch.shared_field or "backend"

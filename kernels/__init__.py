@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvfold.ops.locate_rows.op import locate_rows
     from kvfold.ops.norm_rope_store.op import norm_rope_store
     from kvfold.ops.paged_kv_compress.check import check
     from kvfold.ops.paged_kv_compress.op import paged_kv_compress
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "check", "norm_rope_store", "paged_kv_compress", "prefill_compress"]
+__all__ = [
+    "__version__",
+    "check",
+    "locate_rows",
+    "norm_rope_store",
+    "paged_kv_compress",
+    "prefill_compress",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,17 +41,6 @@ __device__ __forceinline__ bool read_request(const typename C::Params& p, int in
   return true;
 }
 
-// Which new rows of a request an op stores. An op that does not store all of them specialises this for
-// its Params.
-template <class C, class Params = typename C::Params>
-struct StoreRule {
-  static constexpr bool every_row = true;
-  __device__ __forceinline__ StoreRule(const Params&, const Request&) {}
-
-  // How many of the first rows of a window are stored if they are new.
-  __device__ __forceinline__ int stored_rows(int) const { return C::compress_ratio; }
-};
-
 // The output rows [x, y) that are reserved for a request and exist.
 template <class Params>
 __device__ __forceinline__ int2 output_rows(const Params& p, int index) {

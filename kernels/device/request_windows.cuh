@@ -5,7 +5,7 @@
 #include "device/window_reduce.cuh"
 
 // One slice of the windows that close for one request: old rows from the state, new ones from kv_score.
-template <class C>
+template <class C, class Output>
 struct RequestWindows {
   using Params = typename C::Params;
   using Shape = WindowShape<C>;
@@ -16,6 +16,31 @@ struct RequestWindows {
   const ThreadPart<C>& part;
   HeldRows<C>& held;
   uint4* shared;
+  Output& output;
+  const int2 reserved;  // output rows; read before the window's rows, so that no one waits for it
+
+  __device__ __forceinline__ RequestWindows(const Params& params, const Request& r,
+                                            const ThreadPart<C>& thread_part,
+                                            HeldRows<C>& held_rows, uint4* memory,
+                                            Output& row_output)
+      : p(params),
+        request(r),
+        part(thread_part),
+        held(held_rows),
+        shared(memory),
+        output(row_output),
+        reserved(output_rows(params, r.index)) {}
+
+  // The output row of window number `i` of those that close, and whether it is reserved and exists.
+  __device__ __forceinline__ int64 row_of(int i) const { return int64(reserved.x) + i; }
+  __device__ __forceinline__ bool writes(int i) const {
+    return row_of(i) >= 0 && row_of(i) < reserved.y;
+  }
+
+  // Before the rows of window number `i` are fetched.
+  __device__ __forceinline__ void begin(int i) const {
+    if (writes(i)) output.expect(row_of(i));
+  }
 
   __device__ __forceinline__ LeafFetch<C> fetch(int window, int leaf) const {
     return LeafFetch<C>(p, request, part, held, window, leaf);
@@ -44,23 +69,22 @@ struct RequestWindows {
 
   // Writes window number `i` of those that close. All threads of the CTA take part.
   __device__ __forceinline__ void write(int i, const Result& result) const {
-    const int2 reserved = output_rows(p, request.index);
-    const int64 row = int64(reserved.x) + i;
-    const bool writes = row >= 0 && row < reserved.y;
+    const int64 row = row_of(i);
     if constexpr (C::reduce_warps == 1) {
-      if (!writes || part.group != 0) return;
-      wait_for_predecessor();
-      write_columns(p, row, part.column, result);
+      if (!writes(i)) return;
+      output.begin_row();
+      if (part.group == 0) output.write_columns(row, part.column, result);
     } else {
       const WarpPartials<C> partials{reinterpret_cast<float*>(shared)};
       partials.put(part, result);
       __syncthreads();
-      if (!writes) return;
-      wait_for_predecessor();
+      if (!writes(i)) return;
+      output.begin_row();
       const int first_column = part.column - part.lane_column;
       for (int local = threadIdx.x; local < C::head_slice; local += C::threads)
-        write_output(p, row, first_column + local, partials.value(local));
+        output.write_column(row, first_column + local, partials.value(local));
     }
+    output.end_row(row);
   }
 
   // Reduces windows number `from` and later of those that close.
@@ -68,6 +92,7 @@ struct RequestWindows {
     for (int i = from; i < request.windows; ++i) {
       // The rows of this window overwrite the partials of the one before.
       if (C::reduce_warps > 1 && i > 0) __syncthreads();
+      begin(i);
       Result result;
       window(request.first_window + i, result);
       write(i, result);

@@ -22,7 +22,7 @@ __device__ __forceinline__ RowPlace place_of(const Params& p, int row) {
   const int position = p.positions[row];
   const int64 slot = p.slots[row];
   const bool exists = position >= 0 && position < p.max_pos && slot >= 0 &&
-                      slot < int64(p.num_pages) * p.rows_per_page;
+                      slot < int64(p.cache_pages) * p.rows_per_page;
   const int64 page = exists ? slot / p.rows_per_page : 0;
   return {position, page, int(slot - page * p.rows_per_page), exists};
 }
@@ -54,7 +54,7 @@ struct RowStore {
   float weight[columns];
   float cosine[columns / 2], sine[columns / 2];
 
-  // Loads what does not depend on the row.
+  // Loads what does not depend on the row. The place must exist.
   __device__ __forceinline__ RowStore(const Params& params, const RowPlace& row_place)
       : p(params), place(row_place) {
     const int column = Row::first_column();

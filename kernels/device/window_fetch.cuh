@@ -4,6 +4,7 @@
 // rows, at positions before the request's first new token, are written by no thread of this launch.
 #pragma once
 #include "device/held_rows.cuh"
+#include "device/store_rule.cuh"
 #include "device/stream_order.cuh"
 
 template <class C>

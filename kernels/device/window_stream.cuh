@@ -20,7 +20,7 @@ struct StreamWindow {
   int lead;    // 1: it only brings the rows that the next window overlaps
 };
 
-template <class C>
+template <class C, class Output>
 struct WindowStream {
   using Params = typename C::Params;
   using Shape = WindowShape<C>;
@@ -67,6 +67,7 @@ struct WindowStream {
       C::stages * (stage_bytes + window_bytes + page_bytes) + partial_bytes + CtaBarrier::bytes;
 
   const Params& p;
+  Output& output;
   const ThreadPart<C> part;
   const State state;
   char* memory;      // rows and windows by stage, partial results, pages by stage, a barrier
@@ -78,8 +79,9 @@ struct WindowStream {
   int parity;         // of the number of windows whose results were put
   Ape ape[rows][parts];
 
-  __device__ __forceinline__ WindowStream(const Params& params, int slice, void* shared)
-      : p(params), part(slice), state{params}, memory(static_cast<char*>(shared)) {
+  __device__ __forceinline__ WindowStream(const Params& params, Output& row_output, int slice,
+                                          void* shared)
+      : p(params), output(row_output), part(slice), state{params}, memory(static_cast<char*>(shared)) {
     const int odd = copies_in_pairs ? int(threadIdx.x % 2) : 0;
     copy_column = part.column + odd * (State::state_dim - vector);
     copy_at = shared_address(shared) + (int(threadIdx.x) + odd * (C::threads - 1)) * int(sizeof(Raw));
@@ -341,8 +343,11 @@ struct WindowStream {
   }
 
   __device__ __forceinline__ void write(int target, const Partial (&result)[vector]) {
+    output.expect(target);
     if constexpr (C::reduce_warps == 1) {
-      if (part.group == 0) write_columns(p, target, part.column, result);
+      output.begin_row();
+      if (part.group == 0) output.write_columns(target, part.column, result);
+      output.end_row(target);
     } else {
       join_pending();
       if (part.leads_warp()) {
@@ -364,7 +369,9 @@ struct WindowStream {
   __device__ __forceinline__ void join_pending() {
     if (C::reduce_warps == 1 || joined_target < 0) return;
     barrier().wait(parity ^ 1);
+    output.begin_row();
     join_warps(joined_target, partials(parity ^ 1));
+    output.end_row(joined_target);
     joined_target = -1;
   }
 
@@ -394,7 +401,7 @@ struct WindowStream {
         result = combine(result, other);
       }
       if (exists && threadIdx.x % threads == 0)
-        write_output(p, target, part.column - part.lane_column + local, finish(result));
+        output.write_column(target, part.column - part.lane_column + local, finish(result));
     }
   }
 };

@@ -36,6 +36,15 @@ def row_values(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int |
     }
 
 
+def fused_row_values(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int | float]:
+    """The same for an op that reduces the rows itself, and what it has in place of an output."""
+    return {
+        **row_values(arguments, dimensions),
+        "num_outputs": dimensions["num_rows"],
+        "row_is_bf16": arguments.row_dtype == "bf16",
+    }
+
+
 def _is_bf16(tensor: Any) -> bool:
     """Whether a tensor that may be absent holds bf16."""
     return tensor is not None and tensor.element_size() == 2

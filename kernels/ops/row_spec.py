@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvfold import codegen
-from kvfold.codegen import PageLayout, scalar, tensor
+from kvfold.codegen import Launch, PageLayout, TableError, scalar, tensor
+from kvfold.codegen.gpu import MAX_CLUSTER
+from kvfold.codegen.variant import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD_DIMS = (128, 256, 512)  # a lane of a warp has head_dim / 32 columns, a power of two
+ROW_BUFFERS = 4  # of a CTA, for rows whose columns arrive from other CTAs
 ROUNDINGS = ("once", "before_codes", "codes_from_bf16", "each_step")
 
 # The members of the CUDA parameter struct that describe the way from a row to the cache.
@@ -21,7 +24,7 @@ ROUNDINGS = ("once", "before_codes", "codes_from_bf16", "each_step")
 ROW_PARAMS = (
     "max_pos",
     "rope_pairs",
-    "num_pages",
+    "cache_pages",
     "rows_per_page",
     "float eps",
     "rounding",
@@ -67,7 +70,7 @@ class RowTensors(codegen.Arguments):
         "num_rows", "int64", help="page * rows_per_page + row of the page; negative: none"
     )
     cache: Tensor = tensor(
-        "num_pages, page_bytes", "uint8", mutated=True, alignment=4, help="pages of the cache"
+        "cache_pages, page_bytes", "uint8", mutated=True, alignment=4, help="pages of the cache"
     )
 
 
@@ -78,6 +81,17 @@ class RowScalars(codegen.Arguments):
     eps: float = scalar(float, help="of RMSNorm")
     rows_per_page: int = scalar(int, help="rows of a page of the cache")
     format: str = scalar(str, help="name of a cache format of the table")
+
+
+@dataclass(frozen=True)
+class RowDtypeScalar(codegen.Arguments):
+    """The dtype of rows that are in no tensor."""
+
+    row_dtype: str = scalar(
+        str,
+        choices=("bf16", "fp32"),
+        help="dtype that a compressed row is rounded to before the norm",
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,25 @@ class RowOptions(codegen.Arguments):
         optional=True,
         help="scale bytes of the rows, as the cache gets them",
     )
+
+
+def with_cache_output(launch: Launch, head_dim: int, tuning: Any) -> Launch:
+    """What a kernel needs whose CTAs, one per slice of a row, take the row to the cache together.
+
+    Raises:
+        TableError: head_dim is not served, or a cluster cannot have so many CTAs.
+    """
+    if head_dim not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
+        raise TableError("is not served", field="head_dim", value=head_dim, legal=accepted)
+    cluster = head_dim // tuning.head_slice
+    if cluster > MAX_CLUSTER:
+        what = f"makes a cluster of {cluster} CTAs, more than {MAX_CLUSTER}"
+        legal = f"{head_dim // MAX_CLUSTER} or more"
+        raise refuse(tuning, "head_slice", what, legal)
+    # device/cache_output.cuh has the same sum.
+    shared_bytes = launch.shared_bytes + ROW_BUFFERS * 4 * head_dim + 16
+    return replace(launch, cluster=cluster, shared_bytes=shared_bytes)
 
 
 def layout_of(arguments: Any, dimensions: Mapping[str, int]) -> PageLayout:

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.codegen import FieldSet, PageLayout, choice, flag, integer
+from kvfold.codegen import FieldSet, PageLayout, choice, flag, integer, op_spec
 from kvfold.formats import cache_format
+from kvfold.ops import row_reference
 from kvfold.ops.row_spec import ROUNDINGS
+from kvfold.ops.two_steps import filled_rows, taken
 from kvfold.runtime.arguments import DTYPES
 from kvfold.runtime.dispatch import table
+from kvfold.runtime.torch_op import torch_op
 from kvfold.workload import EXACT, copy_of
 
 ROW_METADATA = ("rope_table", "positions", "slots")  # that the layers of a model share
@@ -38,7 +41,7 @@ class RowOptions(FieldSet):
     rows_per_page: int = integer(range(1, 4097), default=64, help="rows of a page of the cache")
     weight_dtype: str = choice("bf16", "fp32", default="bf16", help="of the norm's weight")
 
-    def layout(self, head_dim: int) -> PageLayout:
+    def page_layout(self, head_dim: int) -> PageLayout:
         """Of a page of the cache."""
         format = cache_format(self.format)
         return format.layout(head_dim, self.rope_dim, self.rows_per_page)
@@ -61,7 +64,7 @@ def row_arguments(
         return torch.randn(shape, generator=generator, device=device)
 
     number = int(slot.sum())
-    layout = options.layout(head_dim)
+    layout = options.page_layout(head_dim)
     pages = max(1, -(-number // options.rows_per_page))
     slots, positions = np.full(len(slot), -1), np.full(len(slot), -1, np.int32)
     slots[slot] = rng.permutation(pages * options.rows_per_page)[:number]
@@ -85,8 +88,25 @@ def row_arguments(
 
 def row_bytes(options: Any, head_dim: int) -> int:
     """Bytes that one row must move on the way to the cache, without the row itself."""
-    layout = options.layout(head_dim)
+    layout = options.page_layout(head_dim)
     return layout.data_bytes + layout.scale_bytes + 4 * options.rope_dim
+
+
+def by_two_ops(state_op: str, arguments: Any) -> dict[str, Tensor]:
+    """What a store op must leave: by the state op, as dispatch serves it, and by the reference.
+
+    Args:
+        state_op: name of the op that reduces the windows.
+        arguments: of the store op.
+    """
+    names = ("paged_kv", "paged_score", "cache")
+    copies = copy_of(arguments, names)
+    size = len(copies.positions), len(copies.weight)
+    rows = torch.zeros(size, dtype=DTYPES[copies.row_dtype], device=copies.weight.device)
+    args, kwargs = taken(op_spec(state_op), copies, output=rows).args_and_kwargs()
+    torch_op(state_op)(*args, **kwargs)
+    row_reference.store(copies, rows, filled_rows(copies))
+    return {name: getattr(copies, name) for name in names}
 
 
 def by_reference(reference: Any, arguments: Any, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ def state_values(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int
     return {
         "page_multiplier": multiplier,
         "page_shift": shift,
-        "output_is_bf16": arguments.output.element_size() == 2,
         "stores": arguments.work != "reduce",
         "reduces": arguments.work != "store",
     }

@@ -73,13 +73,17 @@ def closing_windows(
     return Windows(request[written], window[written], target[written])
 
 
-def run(arguments: Any, requests: Requests, stored: Stored) -> None:
+def run(arguments: Any, output: Tensor, requests: Requests, stored: Stored) -> Tensor:
     """Does what a state op does: reduces the windows that close, and stores new rows.
 
     Args:
         arguments: of a state op, checked.
+        output: [num_outputs, head_dim], bf16 or fp32: gets the compressed rows.
         requests: of the call.
         stored: which new rows are to be stored.
+
+    Returns:
+        [num_outputs], bool: the rows of output that a window fills.
     """
     a = arguments
     rows = StateRows(
@@ -94,11 +98,52 @@ def run(arguments: Any, requests: Requests, stored: Stored) -> None:
         ape_in_state=a.ape_in_state,
     )
     # Reduced first: with a ring, the store may overwrite rows that a window still reads.
+    filled = torch.zeros(len(output), dtype=torch.bool, device=output.device)
     if a.work != "store":
-        windows = closing_windows(requests, a.cu_outputs, a.output.size(0), a.compress_ratio)
-        rows.reduce(windows, a.output)
+        windows = closing_windows(requests, a.cu_outputs, len(output), a.compress_ratio)
+        rows.reduce(windows, output)
+        filled[windows.target] = True
     if a.work != "reduce":
         rows.store()
+    return filled
+
+
+def run_decode(arguments: Any, output: Tensor) -> Tensor:
+    """Runs a decode op: every new row is stored. Arguments and result as those of `run`."""
+    a = arguments
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, a.kv_score.size(0), a.next_n)
+    return run(a, output, requests, lambda request, position: torch.ones_like(position).bool())
+
+
+def run_prefill(arguments: Any, output: Tensor) -> Tensor:
+    """Runs a prefill op: write_state says what is stored. Arguments and result as of `run`."""
+    a, head_dim = arguments, output.size(1)
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, a.kv_score.size(0))
+    return run(
+        a,
+        output,
+        requests,
+        lambda request, position: _stored(a, head_dim, requests.length[request], position),
+    )
+
+
+def _stored(arguments: Any, head_dim: int, length: Tensor, position: Tensor) -> Tensor:
+    """Which new rows of requests of some lengths are stored: bool, of the shape of position."""
+    a = arguments
+    if a.write_state == "all":
+        return torch.ones_like(position, dtype=torch.bool)
+    chosen = position >= _first_needed(a, head_dim, (length - a.max_rollback).clamp(min=0))
+    if a.state_period:
+        # The next restart after the position. The needs of later ones begin later.
+        restart = (position // a.state_period + 1) * a.state_period
+        chosen |= (restart <= length) & (position >= _first_needed(a, head_dim, restart))
+    return chosen
+
+
+def _first_needed(arguments: Any, head_dim: int, tokens: Tensor) -> Tensor:
+    """The first position that a decode from this many tokens on may read."""
+    overlap, ratio = arguments.paged_kv.size(2) != head_dim, arguments.compress_ratio
+    return ((tokens // ratio - int(overlap)) * ratio).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ PARAMS = (
     "page_size",
     "uint32 page_multiplier",
     "page_shift",
-    "output_is_bf16",
     "prefetch",
     "stores",
     "reduces",
@@ -61,9 +60,12 @@ def ape_in_state_field() -> Any:
     )
 
 
+# An op's Arguments inherits from these classes; the last one named comes first in its order.
+
+
 @dataclass(frozen=True)
-class StateArguments(codegen.Arguments):
-    """The arguments that a state op begins with."""
+class StateTensors(codegen.Arguments):
+    """New tokens, the state and its block tables."""
 
     kv_score: Tensor = tensor(
         "num_tokens, 2*state_dim", "bf16, fp32", help="new tokens: KV, then score"
@@ -94,9 +96,21 @@ class StateArguments(codegen.Arguments):
     block_table_score: Tensor = tensor(
         "batch, max_pages", "int32", help="logical page -> physical page of paged_score"
     )
+
+
+@dataclass(frozen=True)
+class OutputTensor(codegen.Arguments):
+    """Where the compressed rows go, if not to the cache."""
+
     output: Tensor = tensor(
         "num_outputs, head_dim", "bf16, fp32", mutated=True, help="compressed rows"
     )
+
+
+@dataclass(frozen=True)
+class MetadataTensors(codegen.Arguments):
+    """The requests of a call."""
+
     kv_lens: Tensor = tensor("batch", "int32", help="tokens per request after this call")
     cu_seq_lens: Tensor = tensor(
         "batch+1", "int32", help="prefix sums of the new tokens per request"
@@ -104,35 +118,40 @@ class StateArguments(codegen.Arguments):
     cu_outputs: Tensor = tensor(
         "batch+1", "int32", help="prefix sums of the output rows reserved per request"
     )
+
+
+@dataclass(frozen=True)
+class RatioScalar(codegen.Arguments):
+    """The first scalar."""
+
     compress_ratio: int = scalar(int, help="tokens per window")
 
 
-def prefetch_argument() -> Any:
-    """The argument prefetch."""
-    return scalar(
+@dataclass(frozen=True)
+class StateArguments(RatioScalar, MetadataTensors, OutputTensor, StateTensors):
+    """The arguments that a state op with an output begins with."""
+
+
+@dataclass(frozen=True)
+class StateKeywords(codegen.Arguments):
+    """The scalars that every state op takes by name."""
+
+    prefetch: str = scalar(
         str,
         default="none",
         choices=("none", "metadata", "state"),
         keyword=True,
-        help="what may be read while the kernel before this one still runs: nothing; the int32"
+        help="what may be read while the kernel before this one still runs: nothing; the integer"
         " metadata; metadata and old rows of the state",
     )
-
-
-def ape_in_state_argument() -> Any:
-    """The argument ape_in_state."""
-    return scalar(
+    ape_in_state: bool = scalar(
         bool,
         default=True,
         keyword=True,
         help="true: the state holds score + ape. false: it holds the raw score, and ape is added,"
         " in fp32, as rows are read",
     )
-
-
-def work_argument() -> Any:
-    """The argument work."""
-    return scalar(
+    work: str = scalar(
         str,
         default="all",
         choices=("all", "store", "reduce"),

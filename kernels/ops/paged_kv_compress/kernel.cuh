@@ -1,107 +1,14 @@
-// paged_kv_compress: stores the new tokens' rows in the paged state and reduces each window that they
-// close to one output row.
-//
-// Reducing and storing need no order between them: a window takes its new rows from kv_score. Two
-// schedules, the same bits. Split: a CTA either reduces a slice of some requests, or stores. Fused: a
-// CTA does both for a slice of one request.
+// paged_kv_compress: a decode step whose compressed rows are the output.
 #pragma once
 #include "ops/paged_kv_compress/params.cuh"
 
-#include "device/request_windows.cuh"
-#include "ops/paged_kv_compress/store.cuh"
+#include "device/decode.cuh"
 
 namespace paged_kv_compress {
 
-// ---- Split --------------------------------------------------------------------------------------
-
-// One slice of the windows of C::requests_per_cta requests. `cta` counts the CTAs that reduce.
-template <class C>
-__device__ __forceinline__ void reduce_requests(const Params& p, uint4* shared, uint32 cta) {
-  using Shape = WindowShape<C>;
-  const ThreadPart<C> part(int(cta % Shape::slices));
-  HeldRows<C> held(shared);
-  const int first = int(cta / Shape::slices) * C::requests_per_cta;
-  uint32 closing = 1;
-  if constexpr (C::requests_per_cta > 1) {
-    // Each lane checks one request, so that those that close nothing cost one load latency.
-    const int lane = int(threadIdx.x % 32);
-    const int index = min_of(first + lane, p.batch - 1);
-    Request request;
-    const bool closes = lane < C::requests_per_cta && first + lane < p.batch &&
-                        read_request<C>(p, index, load_lengths(p, index), request) &&
-                        request.windows > 0;
-    closing = __ballot_sync(all_lanes, closes);
-  }
-  for (bool again = false; closing; closing &= closing - 1, again = true) {
-    const int index = first + __ffs(closing) - 1;
-    Request request;
-    if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
-    if (C::reduce_warps > 1 && again) __syncthreads();  // the last window's partials are read
-    RequestWindows<C>{p, request, part, held, shared}.reduce(0);
-  }
-}
-
-// What a CTA does, and its number among the CTAs that do it.
-struct Job {
-  bool stores;
-  uint32 number;
-};
-
-// CTAs that store are spread among those that reduce. They wait for the predecessor: if they were
-// first in the grid, they would hold their places on the SMs meanwhile and nothing would be read; if
-// they were last, they would queue behind the many CTAs that find no window to close.
-__device__ __forceinline__ Job job_of(const Params& p, uint32 storing) {
-  if (storing == gridDim.x) return {true, blockIdx.x};
-  const uint32 before = __umulhi(blockIdx.x, p.storing_share);
-  if (before < storing && __umulhi(blockIdx.x + 1, p.storing_share) > before) return {true, before};
-  return {false, blockIdx.x - (before < storing ? before : storing)};
-}
-
-template <class C>
-__device__ __forceinline__ void run_split(const Params& p, uint4* shared) {
-  const uint32 storing = gridDim.x - uint32(p.reducing);
-  const Job job = job_of(p, storing);
-  if (job.stores)
-    Store<C>::run(p, job.number * C::threads + threadIdx.x, storing * C::threads);
-  else
-    reduce_requests<C>(p, shared, job.number);
-}
-
-// ---- Fused --------------------------------------------------------------------------------------
-
-// Old rows are in flight while new rows are loaded and stored.
-template <class C>
-__device__ __forceinline__ void run_fused(const Params& p, uint4* shared) {
-  using Shape = WindowShape<C>;
-  const ThreadPart<C> part(int(blockIdx.x % Shape::slices));
-  HeldRows<C> held(shared);
-  const int index = int(blockIdx.x / Shape::slices);
-  Request request;
-  if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
-  if (!p.reduces) request.windows = 0;
-  const RequestWindows<C> windows{p, request, part, held, shared};
-  StoreSlice<C> store(p, request, part, held);
-  LeafFetch<C> rows = windows.fetch(request.first_window, 0);
-  if (request.windows) rows.start_old();
-  store.run(rows.present);
-  if (!request.windows) return;
-  Partial result[Shape::vector];
-  windows.reduce_leaf(rows, result);
-  WindowReduce<C>::reduce_warp(result);
-  windows.write(0, result);
-  windows.reduce(1);
-}
-
 template <class C>
 __device__ __forceinline__ void run(const Params& params) {
-  extern __shared__ uint4 shared[];
-  static_assert(C::shared_bytes == max_of(HeldRows<C>::shared_bytes, WarpPartials<C>::shared_bytes));
-  launch_dependents();
-  if (params.prefetch == prefetch_none) wait_for_predecessor();
-  if constexpr (C::fused) run_fused<C>(params, shared);
-  else run_split<C>(params, shared);
-  // One CTA that waits is enough: the grid does not end before its predecessor.
-  if (blockIdx.x == 0) wait_for_predecessor();
+  decode<C, RowOutput<C>>(params);
 }
 
 }  // namespace paged_kv_compress

@@ -2,13 +2,12 @@
 // request. All CTAs share them, row by row.
 #pragma once
 #include "device/window_shape.cuh"
-#include "ops/prefill_compress/new_windows.cuh"
-#include "ops/prefill_compress/store_rule.cuh"
-
-namespace prefill_compress {
+#include "device/new_windows.cuh"
+#include "device/store_rule.cuh"
 
 template <class C>
 struct RestRows {
+  using Params = typename C::Params;
   using New = NewRows<C>;
   using State = StateRows<C>;
   using Shape = WindowShape<C>;
@@ -157,5 +156,3 @@ struct RestRows {
     }
   }
 };
-
-}  // namespace prefill_compress

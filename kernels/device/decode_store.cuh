@@ -1,15 +1,14 @@
-// Stores the new tokens' rows in the paged state.
+// Stores the new tokens' rows of a decode step in the paged state.
 #pragma once
 #include "device/new_rows.cuh"
 #include "device/stream_order.cuh"
 #include "device/held_rows.cuh"
 
-namespace paged_kv_compress {
-
 // The work is dealt out in items. An item is one vector of columns of all new rows of a request or,
 // if there are few requests (store_by_token), of one new row.
 template <class C>
 struct Store {
+  using Params = typename C::Params;
   using New = NewRows<C>;
   using State = StateRows<C>;
   static constexpr int vector = State::vector;
@@ -108,6 +107,7 @@ struct Store {
 // of its columns. It also puts the rows of the first window that closes where the reduction takes them.
 template <class C>
 struct StoreSlice {
+  using Params = typename C::Params;
   using New = NewRows<C>;
   using State = StateRows<C>;
   using Held = HeldRows<C>;
@@ -195,5 +195,3 @@ struct StoreSlice {
     }
   }
 };
-
-}  // namespace paged_kv_compress

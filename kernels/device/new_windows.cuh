@@ -2,8 +2,6 @@
 #pragma once
 #include "device/request.cuh"
 
-namespace prefill_compress {
-
 // Of the requests that a CTA reads together.
 template <class C>
 constexpr int requests_per_thread = C::threads < 256 ? 4 : 2;
@@ -38,5 +36,3 @@ struct NewWindows {
     return min_of(r.windows, first + int(C::overlap) - r.first_window);
   }
 };
-
-}  // namespace prefill_compress

@@ -4,13 +4,12 @@
 // Every CTA checks all requests, so the balance depends on rows and windows and never on requests, and
 // invalid metadata affect their own request only.
 #pragma once
+#include "device/rest_rows.cuh"
 #include "device/window_stream.cuh"
-#include "ops/prefill_compress/rest_rows.cuh"
-
-namespace prefill_compress {
 
 template <class C>
 struct RowRange {
+  using Params = typename C::Params;
   static constexpr int warps = C::threads / 32;
   static constexpr int ratio = C::compress_ratio;
   static constexpr int chunk_requests = requests_per_thread<C> * C::threads;
@@ -186,5 +185,3 @@ struct RowRange {
     store_rule = StoreRule<C>(p, r);
   }
 };
-
-}  // namespace prefill_compress

@@ -1,0 +1,130 @@
+// Where the compressed rows of a state op go: to the cache, after norm, RoPE, rotation and quantisation.
+//
+// A row needs all its columns at once, and the CTAs of a cluster have a slice of them each. They write
+// their columns to the shared memory of one CTA, the row's owner, and a warp of it takes the row on. The
+// rows of a cluster have their owners and warps in turn. The barrier between the two is split: a thread
+// arrives when it has written its columns of a row, and waits when it has written those of the next.
+#pragma once
+#include "device/cluster.cuh"
+#include "device/cta_barrier.cuh"
+#include "device/output.cuh"
+#include "device/row_store.cuh"
+#include "device/window_shape.cuh"
+
+// Params has the members of RowStore, and row_is_bf16: whether a row is rounded to bf16 first.
+template <class C>
+struct CacheOutput {
+  using Params = typename C::Params;
+  using Row = WarpRow<C::head_dim>;
+  static_assert(C::cluster == WindowShape<C>::slices);
+
+  static constexpr int warps = C::threads / 32;
+  // Row k may be written while row k - 3 is read: its reader arrives for row k - 2 before it reads.
+  static constexpr int buffers = 4;
+  static constexpr int row_bytes = C::head_dim * int(sizeof(float));
+  static constexpr int shared_bytes = buffers * row_bytes + 16;  // and a barrier
+
+  const Params& p;
+  char* memory;
+  int count;          // rows that have been ended
+  int64 last_row;     // the last of them
+  RowPlace last_place;
+  RowPlace place;  // of the row that is expected
+
+  __device__ __forceinline__ CacheOutput(const Params& params, void* shared)
+      : p(params), memory(static_cast<char*>(shared)), count(0), last_row(0), last_place{}, place{} {
+    if constexpr (C::cluster > 1) {
+      cluster_arrive();  // begin_row() waits until all CTAs of the cluster run
+    } else {
+      if (threadIdx.x == 0) barrier().init(C::threads);
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ CtaBarrier barrier() const {
+    return CtaBarrier(memory + buffers * row_bytes);
+  }
+  __device__ __forceinline__ void arrive() const {
+    if constexpr (C::cluster > 1) cluster_arrive();
+    else barrier().arrive();
+  }
+  // Waits until all columns of row number `number` have been written.
+  __device__ __forceinline__ void wait(int number) const {
+    if constexpr (C::cluster > 1) cluster_wait();
+    else barrier().wait(number & 1);
+  }
+
+  static __device__ __forceinline__ uint32 owner(int number) { return uint32(number) % C::cluster; }
+  __device__ __forceinline__ bool is_mine(int number) const {
+    const uint32 rank = C::cluster > 1 ? cluster_rank() : 0;
+    return owner(number) == rank && uint32(number) / C::cluster % warps == threadIdx.x / 32;
+  }
+  __device__ __forceinline__ float* buffer(int number) const {
+    return reinterpret_cast<float*>(memory + number % buffers * row_bytes);
+  }
+
+  __device__ __forceinline__ void expect(int64 row) {
+    place = place_of(p, int(row));
+    if (count == 0 && threadIdx.x * 128 < row_bytes)
+      prefetch_to_l2(static_cast<const char*>(p.weight) +
+                     threadIdx.x * (p.weight_is_bf16 ? 64 : 128));
+  }
+
+  __device__ __forceinline__ void begin_row() {
+    if (C::cluster > 1 && count == 0) cluster_wait();
+  }
+
+  __device__ __forceinline__ void write_column(int64, int column, float value) const {
+    if (p.row_is_bf16) value = __uint_as_float(round_pair_to_bf16(value, 0.0f) << 16);
+    if constexpr (C::cluster > 1)
+      store_to_cta(shared_address(buffer(count) + column), owner(count), value);
+    else
+      buffer(count)[column] = value;
+  }
+
+  template <int N>
+  __device__ __forceinline__ void write_columns(int64 row, int column,
+                                                const Partial (&result)[N]) const {
+#pragma unroll
+    for (int v = 0; v < N; ++v) write_column(row, column + v, finish(result[v]));
+  }
+
+  __device__ __forceinline__ void end_row(int64 row) {
+    if (count > 0) wait(count - 1);
+    arrive();
+    if (count > 0 && last_place.exists && is_mine(count - 1)) {
+      wait_for_predecessor();
+      take(RowStore<C>(p, last_place));
+    }
+    last_row = row;
+    last_place = place;
+    ++count;
+  }
+
+  __device__ __forceinline__ void end() {
+    if (count == 0) return;
+    if (last_place.exists && is_mine(count - 1)) {
+      wait_for_predecessor();
+      const RowStore<C> store(p, last_place);  // its loads are in flight while the warp waits
+      wait(count - 1);
+      take(store);
+    } else {
+      wait(count - 1);
+    }
+  }
+
+  // Takes the last row to the cache.
+  __device__ __forceinline__ void take(const RowStore<C>& store) const {
+    const float* from = buffer(count - 1) + Row::first_column();
+    Row row;
+#pragma unroll
+    for (int i = 0; i < Row::columns; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      row.x[i] = four.x;
+      row.x[i + 1] = four.y;
+      row.x[i + 2] = four.z;
+      row.x[i + 3] = four.w;
+    }
+    store.run(int(last_row), row);
+  }
+};

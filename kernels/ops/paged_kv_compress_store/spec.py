@@ -1,0 +1,82 @@
+"""The declaration of paged_kv_compress_store; docs/ops.md explains the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvfold.codegen import OpSpec
+from kvfold.ops.decode_spec import (
+    DECODE_PARAMS,
+    DecodeProblem,
+    NextNScalar,
+    Tuning,
+    explain,
+    launch_with_store,
+    propose_with_store,
+)
+from kvfold.ops.row_spec import (
+    ROW_PARAMS,
+    RowDtypeScalar,
+    RowKeywords,
+    RowOptions,
+    RowScalars,
+    RowTensors,
+    layout_of,
+)
+from kvfold.ops.state_spec import (
+    MetadataTensors,
+    RatioScalar,
+    StateKeywords,
+    StateTensors,
+    state_fields,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(DecodeProblem):
+    """What a kernel of paged_kv_compress_store solves. One kernel serves every cache format."""
+
+    op: ClassVar[str] = "paged_kv_compress_store"
+
+
+@dataclass(frozen=True)
+class Arguments(
+    RowOptions,
+    StateKeywords,
+    RowKeywords,
+    RowDtypeScalar,
+    RowScalars,
+    NextNScalar,
+    RatioScalar,
+    RowTensors,
+    MetadataTensors,
+    StateTensors,
+):
+    """The arguments of paged_kv_compress_store."""
+
+
+def problem_of(
+    dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
+) -> Problem:
+    """The problem of a call."""
+    layout_of(arguments, dimensions)
+    return Problem(**state_fields(dimensions, arguments, dtypes), next_n=arguments.next_n)
+
+
+SPEC = OpSpec(
+    problem=Problem,
+    tuning=Tuning,
+    arguments=Arguments,
+    axis="batch",
+    axis_help="requests in the step",
+    size_dimension="batch",
+    defined_by={"state_dim": "paged_kv", "batch": "kv_lens"},
+    problem_of=problem_of,
+    launch=launch_with_store,
+    propose=propose_with_store,
+    explain=explain,
+    may_be_same=(("block_table_kv", "block_table_score"),),
+    params=(*DECODE_PARAMS, *ROW_PARAMS, "row_is_bf16"),
+)

@@ -1,0 +1,20 @@
+"""What the host works out for a launch of kernel.cuh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from kvfold.codegen import Variant
+from kvfold.ops.prefill_compress_store.spec import Arguments
+from kvfold.ops.prefill_plan import prefill_plan
+from kvfold.ops.row_plan import fused_row_values
+from kvfold.runtime.driver import GridPlan
+
+
+def plan(
+    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+) -> GridPlan:
+    """The grid, and the values that the host computes."""
+    plan = prefill_plan(variant, sms, arguments, dimensions)
+    return replace(plan, values={**plan.values, **fused_row_values(arguments, dimensions)})

@@ -1,0 +1,82 @@
+"""The declaration of prefill_compress_store; docs/ops.md explains the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvfold.codegen import OpSpec
+from kvfold.ops.prefill_spec import (
+    PREFILL_PARAMS,
+    PrefillProblem,
+    Tuning,
+    WriteStateKeywords,
+    explain,
+    launch_with_store,
+    prefill_fields,
+    propose_with_store,
+)
+from kvfold.ops.row_spec import (
+    ROW_PARAMS,
+    RowDtypeScalar,
+    RowKeywords,
+    RowOptions,
+    RowScalars,
+    RowTensors,
+    layout_of,
+)
+from kvfold.ops.state_spec import (
+    MetadataTensors,
+    RatioScalar,
+    StateKeywords,
+    StateTensors,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(PrefillProblem):
+    """What a kernel of prefill_compress_store solves. One kernel serves every cache format."""
+
+    op: ClassVar[str] = "prefill_compress_store"
+
+
+@dataclass(frozen=True)
+class Arguments(
+    RowOptions,
+    StateKeywords,
+    WriteStateKeywords,
+    RowKeywords,
+    RowDtypeScalar,
+    RowScalars,
+    RatioScalar,
+    RowTensors,
+    MetadataTensors,
+    StateTensors,
+):
+    """The arguments of prefill_compress_store."""
+
+
+def problem_of(
+    dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
+) -> Problem:
+    """The problem of a call."""
+    layout_of(arguments, dimensions)
+    return Problem(**prefill_fields(dimensions, arguments, dtypes))
+
+
+SPEC = OpSpec(
+    problem=Problem,
+    tuning=Tuning,
+    arguments=Arguments,
+    axis="tokens",
+    axis_help="new tokens in the call",
+    size_dimension="num_tokens",
+    defined_by={"state_dim": "paged_kv", "batch": "kv_lens"},
+    problem_of=problem_of,
+    launch=launch_with_store,
+    propose=propose_with_store,
+    explain=explain,
+    may_be_same=(("block_table_kv", "block_table_score"),),
+    params=(*PREFILL_PARAMS, *ROW_PARAMS, "row_is_bf16"),
+)
