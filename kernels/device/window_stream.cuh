@@ -343,8 +343,8 @@ struct WindowStream {
   }
 
   __device__ __forceinline__ void write(int target, const Partial (&result)[vector]) {
-    output.expect(target);
     if constexpr (C::reduce_warps == 1) {
+      output.expect(target);
       output.begin_row();
       if (part.group == 0) output.write_columns(target, part.column, result);
       output.end_row(target);
@@ -368,6 +368,7 @@ struct WindowStream {
   // Joins the results of the last window that was reduced, if that has not been done.
   __device__ __forceinline__ void join_pending() {
     if (C::reduce_warps == 1 || joined_target < 0) return;
+    output.expect(joined_target);
     barrier().wait(parity ^ 1);
     output.begin_row();
     join_warps(joined_target, partials(parity ^ 1));
