@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from kvfold.bench.records import KernelReport, KernelRow
+from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport
 from kvfold.codegen import op_spec
 
 PANEL_INCHES = (4, 4.8)
@@ -46,6 +46,37 @@ def plot_kernels(report: KernelReport, file: Path) -> None:
     for part, (title, rows) in zip(parts, groups.items(), strict=False):
         part.suptitle(textwrap.fill(title, TITLE_CHARACTERS * columns), fontsize=10)
         _draw_problem(part, rows, columns)
+    figure.savefig(file, dpi=120)
+
+
+def plot_model_step(report: ModelStepReport, file: Path) -> None:
+    """Draws the time of a pair of layers' compressors: a bar per step, parted by their shares.
+
+    Raises:
+        ValueError: it cannot be drawn into `file`.
+    """
+    require(file)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    figure.suptitle(f"Compressors of a pair of layers: {report.device}, {report.date[:10]}")
+    places = range(len(report.rows))
+    bottom = [0.0] * len(report.rows)
+    for name in report.rows[0].alone_us:
+        # The calls overlap, so their times alone add up to more than the whole.
+        part = [
+            row.median_us * row.alone_us[name] / sum(row.alone_us.values()) for row in report.rows
+        ]
+        panel.bar(places, part, bottom=bottom, label=name)
+        bottom = [a + b for a, b in zip(bottom, part, strict=True)]
+    for place, row in zip(places, report.rows, strict=True):
+        panel.text(place, row.median_us, f"{row.median_us:.1f}", ha="center", va="bottom")
+    limits = [row.limit_us for row in report.rows]
+    panel.plot(places, limits, "k_", markersize=24, label="limit")
+    panel.set_xticks(places, [f"next_n {row.next_n}\nbatch {row.batch}" for row in report.rows])
+    panel.set_ylabel("microseconds per pair")
+    panel.legend()
     figure.savefig(file, dpi=120)
 
 

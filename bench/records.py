@@ -163,6 +163,48 @@ class StepReport(Report):
     rows: list[StepRow]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelStepRow:
+    """The compressors of a pair of layers in one decode step. Times are microseconds per pair.
+
+    Attributes:
+        next_n: new tokens of each request.
+        batch: requests in the step.
+        prefetch: of the calls.
+        pairs: that were timed one after the other, each with a state of its own.
+        median_us, min_us, max_us: over the replays.
+        alone_us: compressor -> time of its calls alone.
+        variants: compressor -> symbol of its kernel.
+        limit_us: the sum of the calls' least times on this device.
+    """
+
+    next_n: int
+    batch: int
+    prefetch: str
+    pairs: int
+    median_us: float
+    min_us: float
+    max_us: float
+    alone_us: dict[str, float]
+    variants: dict[str, str]
+    limit_us: float
+
+    def __post_init__(self):
+        check_value("batch", self.batch, POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStepReport(Report):
+    """What `kvfold bench model-step` writes. Bandwidths are GB/s of 1e9 bytes."""
+
+    KIND = "model-step"
+
+    read_bandwidth_gbs: float
+    copy_bandwidth_gbs: float
+    empty_node_us: float
+    rows: list[ModelStepRow]
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=Report)

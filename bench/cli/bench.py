@@ -14,11 +14,11 @@ from rich.text import Text
 
 from kvfold.bench import plot as plotting
 from kvfold.bench import records
-from kvfold.bench.cli import common, output
+from kvfold.bench.cli import common, model_step, output
 from kvfold.bench.cli.common import app, option
 from kvfold.bench.cli.words import integers, names, one_value, parse_words
 from kvfold.bench.measure import runner
-from kvfold.bench.records import KernelReport, KernelRow
+from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport
 from kvfold.codegen import FieldSet, choice, op_spec
 from kvfold.codegen.spec import BACKENDS
 from kvfold.workload import Measurement, Workload, workload
@@ -54,9 +54,21 @@ def bench(
 ) -> None:
     """Time an op's kernels against the memory's limit. Each is checked before it is timed.
 
-    FIELD=VALUE also takes the fields of a case, such as page_size=32,128.
+    FIELD=VALUE also takes the fields of a case, such as page_size=32,128. OP model-step times the
+    three compressors of a pair of layers, one after the other, for 1 and 4 new tokens per request.
     Without a GPU nothing is timed: the op is checked on the CPU, at small sizes.
     """
+    if op == model_step.NAME:
+        others = {"FIELD=VALUE": words, "--scenario": scenario, "--override": override,
+                  "--baseline": baseline, "--suite": suite}  # fmt: skip
+        common.refuse(others, "model-step has none")
+        if source is not None:
+            common.refuse({"--size": sizes, "--json": json_file}, "--from measures nothing")
+            common.check_plot(plot)
+            model_step.show(records.load(ModelStepReport, source), plot)
+            return
+        model_step.run(integers("--size", sizes), prefetch or "state", json_file, plot)
+        return
     work = workload(op)
     selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,
                 "--override": override, "--baseline": baseline}  # fmt: skip

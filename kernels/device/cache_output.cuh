@@ -28,11 +28,11 @@ struct CacheOutput {
   char* memory;
   int count;          // rows that have been ended
   int64 last_row;     // the last of them
-  RowPlace last_place;
-  RowPlace place;  // of the row that is expected
+  RowMetadata last_metadata;
+  RowMetadata metadata;  // of the row that is expected
 
   __device__ __forceinline__ CacheOutput(const Params& params, void* shared)
-      : p(params), memory(static_cast<char*>(shared)), count(0), last_row(0), last_place{}, place{} {
+      : p(params), memory(static_cast<char*>(shared)), count(0), last_row(0), last_metadata{}, metadata{} {
     if constexpr (C::cluster > 1) {
       cluster_arrive();  // begin_row() waits until all CTAs of the cluster run
     } else {
@@ -64,7 +64,7 @@ struct CacheOutput {
   }
 
   __device__ __forceinline__ void expect(int64 row) {
-    place = place_of(p, int(row));
+    metadata = load_metadata(p, row);
     if (count == 0 && threadIdx.x * 128 < row_bytes)
       prefetch_to_l2(static_cast<const char*>(p.weight) +
                      threadIdx.x * (p.weight_is_bf16 ? 64 : 128));
@@ -92,20 +92,22 @@ struct CacheOutput {
   __device__ __forceinline__ void end_row(int64 row) {
     if (count > 0) wait(count - 1);
     arrive();
-    if (count > 0 && last_place.exists && is_mine(count - 1)) {
+    if (count > 0 && is_mine(count - 1)) {
+      const RowPlace place = place_of(p, last_metadata);
       wait_for_predecessor();
-      take(RowStore<C>(p, last_place));
+      if (place.exists) take(RowStore<C>(p, place));
     }
     last_row = row;
-    last_place = place;
+    last_metadata = metadata;
     ++count;
   }
 
   __device__ __forceinline__ void end() {
     if (count == 0) return;
-    if (last_place.exists && is_mine(count - 1)) {
+    const RowPlace place = place_of(p, last_metadata);
+    if (place.exists && is_mine(count - 1)) {
       wait_for_predecessor();
-      const RowStore<C> store(p, last_place);  // its loads are in flight while the warp waits
+      const RowStore<C> store(p, place);  // its loads are in flight while the warp waits
       wait(count - 1);
       take(store);
     } else {

@@ -32,10 +32,11 @@ __device__ __forceinline__ void reduce_requests(const typename C::Params& p, uin
   }
   for (bool again = false; closing; closing &= closing - 1, again = true) {
     const int index = first + __ffs(closing) - 1;
+    const int2 reserved = output_rows(p, index);
     Request request;
     if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
     if (C::reduce_warps > 1 && again) __syncthreads();  // the last window's partials are read
-    RequestWindows<C, Output>(p, request, part, held, shared, output).reduce(0);
+    RequestWindows<C, Output>{p, request, part, held, shared, output, reserved}.reduce(0);
   }
 }
 
@@ -79,10 +80,11 @@ __device__ __forceinline__ void run_fused(const typename C::Params& p, uint4* sh
   const ThreadPart<C> part(int(blockIdx.x % Shape::slices));
   HeldRows<C> held(shared);
   const int index = int(blockIdx.x / Shape::slices);
+  const int2 reserved = output_rows(p, index);
   Request request;
   if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
   if (!p.reduces) request.windows = 0;
-  const RequestWindows<C, Output> windows(p, request, part, held, shared, output);
+  const RequestWindows<C, Output> windows{p, request, part, held, shared, output, reserved};
   StoreSlice<C> store(p, request, part, held);
   LeafFetch<C> rows = windows.fetch(request.first_window, 0);
   if (request.windows) {

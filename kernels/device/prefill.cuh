@@ -17,7 +17,8 @@ __device__ __forceinline__ void reduce_old(const typename C::Params& p, RowRange
   HeldRows<C> held(shared);
   Request request;
   while (range.next_old(request)) {
-    RequestWindows<C, Output>(p, request, part, held, shared, output).reduce(0);
+    const int2 reserved = output_rows(p, request.index);
+    RequestWindows<C, Output>{p, request, part, held, shared, output, reserved}.reduce(0);
     __syncthreads();  // shared memory has been read
   }
 }

@@ -17,19 +17,7 @@ struct RequestWindows {
   HeldRows<C>& held;
   uint4* shared;
   Output& output;
-  const int2 reserved;  // output rows; read before the window's rows, so that no one waits for it
-
-  __device__ __forceinline__ RequestWindows(const Params& params, const Request& r,
-                                            const ThreadPart<C>& thread_part,
-                                            HeldRows<C>& held_rows, uint4* memory,
-                                            Output& row_output)
-      : p(params),
-        request(r),
-        part(thread_part),
-        held(held_rows),
-        shared(memory),
-        output(row_output),
-        reserved(output_rows(params, r.index)) {}
+  const int2 reserved;  // output_rows(), loaded with the request's lengths, so that no one waits for it
 
   // The output row of window number `i` of those that close, and whether it is reserved and exists.
   __device__ __forceinline__ int64 row_of(int i) const { return int64(reserved.x) + i; }

@@ -9,6 +9,17 @@
 // The values of Params::rounding, in the order of ROUNDINGS in ops/row_spec.py.
 constexpr int round_once = 0, round_before_codes = 1, round_codes_from_bf16 = 2, round_each_step = 3;
 
+// The metadata of a row as they are in memory. To load them early costs no wait.
+struct RowMetadata {
+  int position;
+  int64 slot;
+};
+
+template <class Params>
+__device__ __forceinline__ RowMetadata load_metadata(const Params& p, int64 row) {
+  return {p.positions[row], p.slots[row]};
+}
+
 // Where a row goes.
 struct RowPlace {
   int position;  // in rope_table
@@ -18,9 +29,8 @@ struct RowPlace {
 };
 
 template <class Params>
-__device__ __forceinline__ RowPlace place_of(const Params& p, int row) {
-  const int position = p.positions[row];
-  const int64 slot = p.slots[row];
+__device__ __forceinline__ RowPlace place_of(const Params& p, const RowMetadata& metadata) {
+  const auto [position, slot] = metadata;
   const bool exists = position >= 0 && position < p.max_pos && slot >= 0 &&
                       slot < int64(p.cache_pages) * p.rows_per_page;
   const int64 page = exists ? slot / p.rows_per_page : 0;

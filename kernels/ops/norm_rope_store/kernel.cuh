@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_row(const Params& p, int index, WarpRow<C::
 
 template <class C>
 __device__ __forceinline__ void run_row(const Params& p, int index) {
-  const RowPlace place = place_of(p, index);
+  const RowPlace place = place_of(p, load_metadata(p, index));
   if (!place.exists) return;
   wait_for_predecessor();
   WarpRow<C::head_dim> row;
