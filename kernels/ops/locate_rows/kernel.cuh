@@ -1,7 +1,8 @@
 // locate_rows: finds the position and the cache slot of every output row that a window fills.
 //
 // A thread takes one output row. It finds the row's request in cu_outputs, and the window by the
-// request's metadata. The threads of a warp search nearly the same entries, so most loads hit in L1.
+// request's metadata. The threads of a warp search nearly the same entries, so most of their loads
+// hit in L1.
 #pragma once
 #include "ops/locate_rows/params.cuh"
 
@@ -15,8 +16,8 @@ struct Place {
   int64 slot;
 };
 
-// The request b with cu_outputs[b] <= row < cu_outputs[b + 1]; -1 or p.batch if there is none. Where
-// the search ends, both relations hold even if cu_outputs is not monotone.
+// The request b with cu_outputs[b] <= row < cu_outputs[b + 1]; -1 or p.batch if there is none.
+// Where the search ends, both relations hold even if cu_outputs is not monotone.
 __device__ __forceinline__ int owner_of(const Params& p, int row) {
   int low = 0, high = p.batch + 1;
   while (low < high) {
