@@ -29,7 +29,7 @@ def run_two_steps(state_op: str, variant: Variant, arguments: Any) -> None:
     dispatch.bind(reduce, device)(taken(spec, a, output=rows))
     if a.work == "store" or not len(rows):
         return
-    problem = rows_spec.problem(head_dim=size[1], rows_dtype=DTYPE_NAMES[rows.dtype])
+    problem = rows_spec.problem.of({"head_dim": size[1], "rows_dtype": DTYPE_NAMES[rows.dtype]})
     arch = dispatch.arch_of(device)
     store = dispatch.table().find(problem, "triton", arch, len(rows))
     if store is None:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def check_tensors(spec: OpSpec, arguments: Arguments) -> None:
             refuse(spec.name, one.name, repr(value), ", ".join(map(repr, one.choices)))
 
 
-def _given(arguments: Arguments) -> list[tuple[TensorArgument, Tensor]]:
+def _given(arguments: Arguments) -> list[tuple[TensorArgument, Any]]:
     """The declared tensors and their values, without the optional ones that are absent."""
     declared = arguments.declared_tensors()
     pairs = zip(declared, arguments.tensors(), strict=True)

@@ -37,7 +37,7 @@ class GridPlan:
     """
 
     ctas: int
-    values: Mapping[str, int]
+    values: Mapping[str, int | float]
 
 
 # ---- a launch, packed ----------------------------------------------------------------------------

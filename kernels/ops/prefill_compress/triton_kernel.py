@@ -20,7 +20,8 @@ from kvfold.device.state_triton import (
     scalar_mask,
     softmax_sum,
 )
-from kvfold.ops.prefill_compress.spec import ANY_NUMBER, Arguments
+from kvfold.ops.prefill_compress.spec import Arguments
+from kvfold.ops.prefill_spec import ANY_NUMBER
 
 TILE_ROWS = 16  # new rows of a tile; at most as many windows end in it
 BATCH_BLOCK = 256  # requests that a program reads together

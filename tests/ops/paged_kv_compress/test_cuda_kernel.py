@@ -6,11 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvfold.codegen import Variant
-from kvfold.ops.paged_kv_compress.cuda_kernel import (
-    MAX_ITEMS_BY_TOKEN,
-    plan,
-    storing_share,
-)
+from kvfold.ops.decode_plan import MAX_ITEMS_BY_TOKEN, storing_share
+from kvfold.ops.paged_kv_compress.cuda_kernel import plan
 from kvfold.ops.paged_kv_compress.spec import SPEC, Tuning
 from kvfold.runtime.arguments import check, divider
 from kvfold.runtime.driver import GridPlan
