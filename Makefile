@@ -57,7 +57,7 @@ gpu:  ## on a GPU: install without dependencies, GPU tests, demo, benchmarks
 
 bench: suite step  ## on a GPU: all results that README and docs quote, into OUT
 
-OPS := paged_kv_compress prefill_compress norm_rope_store paged_kv_compress_store prefill_compress_store
+OPS := paged_kv_compress prefill_compress norm_rope_store paged_kv_compress_store prefill_compress_store locate_rows
 suite:  ## on a GPU: the standard benchmark of each op
 	mkdir -p $(OUT)
 	for op in $(OPS); do $(PYTHON) -m kvfold.bench bench $$op --suite --json $(OUT)/$$op.json || exit 1; done

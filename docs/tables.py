@@ -90,9 +90,9 @@ def _in_prefill(results: "Results", row: KernelRow) -> bool:
 # ---- declarations --------------------------------------------------------------------------------
 
 
-def arguments(op: str, without: str | None = None) -> str:
-    """The argument table of an op, without the arguments that another op has too."""
-    known = {row[0] for row in argument_rows(op_spec(without))} if without else set()
+def arguments(op: str, *without: str) -> str:
+    """The argument table of an op, without the arguments that other ops have too."""
+    known = {row[0] for other in without for row in argument_rows(op_spec(other))}
     rows = (row for row in argument_rows(op_spec(op)) if row[0] not in known)
     return markdown(("argument", "shape", "dtype or values", "meaning"), rows)
 

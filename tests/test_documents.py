@@ -134,7 +134,7 @@ def test_every_argument_of_an_op_is_in_the_readme(op):
 
 
 def test_the_pages_about_the_kernels_name_every_header_and_no_other():
-    pages = [(ROOT / "docs" / name).read_text() for name in ("kernel.md", "prefill.md")]
+    pages = [(ROOT / "docs" / name).read_text() for name in ("kernel.md", "prefill.md", "cache.md")]
     named = {name for page in pages for name in re.findall(r"`([\w/]*\w+\.cuh)`", page)}
     headers = {
         str(file.relative_to(ROOT / "kernels")) for file in (ROOT / "kernels").rglob("*.cuh")
