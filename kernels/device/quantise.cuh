@@ -60,10 +60,11 @@ __device__ __forceinline__ uint32 encode_e2m1(float value, bool ties_down) {
 
 // ---- Scales -------------------------------------------------------------------------------------
 
-// The scale of a block: its code in the page, and the value to divide by.
+// The scale of a block: its code in the page, its value, and 1 / value if that is exact.
 struct BlockScale {
   uint32 code;
   float value;
+  float reciprocal;
 };
 
 // `amax`: bits of the largest magnitude of the block.
@@ -78,13 +79,16 @@ __device__ __forceinline__ BlockScale scale_of_block(const Params& p, uint32 ama
     uint32 exponent = (scale >> 23) + uint32((scale & 0x7fffffu) != 0);
     exponent = exponent > 255 ? 255 : exponent;
     const uint32 value = exponent == 255 ? nan_bits : exponent << 23;
-    return {p.scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value)};
+    // 2^127 has a reciprocal that is no normal.
+    const uint32 reciprocal = exponent >= 254 ? 0x400000u : (254 - exponent) << 23;
+    return {p.scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value),
+            __uint_as_float(exponent == 255 ? nan_bits : reciprocal)};
   }
   if (p.scale_code == scale_e4m3) {
     const uint32 code = encode_e4m3(__uint_as_float(scale), false);
-    return {code, decode_e4m3(code)};
+    return {code, decode_e4m3(code), 0.0f};
   }
-  return {scale, __uint_as_float(scale)};
+  return {scale, __uint_as_float(scale), 0.0f};
 }
 
 __device__ __forceinline__ float divide_by_scale(float value, float scale) {

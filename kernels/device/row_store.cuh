@@ -139,7 +139,8 @@ struct RowStore {
     const bool has_code = Row::first_column() < p.code_columns;  // else bf16, behind the codes
     if (p.block_lanes) {
       const BlockScale scale = block_scale(row);
-      if (has_code) divide(row, scale.value);
+      if (has_code && p.pow2) multiply(row, scale.reciprocal);
+      if (has_code && !p.pow2) divide(row, scale.value);
       write_scale(scales, scale.code);
       if (scales_out) write_scale(scales_out, scale.code);
     } else if (p.scale_code == scale_tensor && p.scale) {
@@ -167,6 +168,12 @@ struct RowStore {
   static __device__ __forceinline__ void divide(Row& row, float scale) {
 #pragma unroll
     for (int i = 0; i < columns; ++i) row.x[i] = divide_by_scale(row.x[i], scale);
+  }
+
+  // A product with an exact reciprocal is rounded as the quotient is.
+  static __device__ __forceinline__ void multiply(Row& row, float reciprocal) {
+#pragma unroll
+    for (int i = 0; i < columns; ++i) row.x[i] = __fmul_rn(row.x[i], reciprocal);
   }
 
   // The scale of the lane's block, by the block's first lane, and the zeros behind all scales.
