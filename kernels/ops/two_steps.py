@@ -52,6 +52,8 @@ def filled_rows(arguments: Any) -> Tensor:
     """
     a, ratio = arguments, arguments.compress_ratio
     row = torch.arange(len(a.slots), device=a.slots.device)
+    if not len(a.kv_lens):
+        return torch.zeros_like(row, dtype=torch.bool)
     first = a.cu_outputs.long()
     request = torch.searchsorted(first, row, right=True) - 1
     known = (request >= 0) & (request < len(a.kv_lens))
