@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kvfold.bench.build import variants_for
-from kvfold.codegen import Variant, load_table, op_specs, render
+from kvfold.codegen import Problem, Variant, load_table, op_specs, render
 from kvfold.runtime import compiler
 
 needs_nvrtc = pytest.mark.skipif(
@@ -29,24 +29,28 @@ def headers(tmp_path, monkeypatch):
 # ---- the shipped variants ------------------------------------------------------------------------
 
 
+def dtypes_of(problem: Problem) -> tuple:
+    """The values of a problem's fields that are dtypes."""
+    return tuple(value for name, value in problem.values().items() if name.endswith("_dtype"))
+
+
 def sample(arch: str) -> list[Variant]:
     """Variants that a GPU may run, of each kind the one with the most new tokens and columns.
 
     Of two that differ in ape_in_state alone, it is the one that adds ape to every row. Kinds differ
-    in tuning, state_dtype and compress_ratio; for sm_90 in kv_dtype too.
+    in op, tuning, state_dtype and compress_ratio; for sm_90 in the other dtypes too.
     """
 
     def work(variant: Variant) -> tuple:
-        problem = variant.problem
-        next_n = getattr(problem, "next_n", 0)
-        return next_n, problem.head_dim, not problem.ape_in_state, variant.symbol
+        values = variant.problem.values()
+        most = values.get("next_n", 0), values.get("head_dim", 0)
+        return *most, not values.get("ape_in_state"), variant.symbol
 
     found = {}
     for variant in sorted(variants_for(load_table(), arch), key=work):
-        problem = variant.problem
-        kv_dtype = problem.kv_dtype if arch == ARCH else None
-        kind = variant.tuning, problem.state_dtype, problem.compress_ratio, kv_dtype
-        found[kind] = variant
+        values = variant.problem.values()
+        dtypes = dtypes_of(variant.problem) if arch == ARCH else values.get("state_dtype")
+        found[variant.op, variant.tuning, values.get("compress_ratio"), dtypes] = variant
     return list(found.values())
 
 
@@ -55,14 +59,20 @@ SAMPLES = [(arch, v) for arch in ("sm_80", "sm_90", "sm_100", "sm_120") for v in
 
 def test_the_sample_has_every_tuning_and_dtype_of_the_table():
     problems = {variant.problem for arch, variant in SAMPLES if arch == ARCH}
-    assert {(p.op, p.kv_dtype, p.state_dtype, p.compress_ratio) for p in problems} == {
-        (op, kv, state, ratio) for op in op_specs() for kv in ("bf16", "fp32")
+    of_state_ops = [one for one in problems if "kv_dtype" in one.values()]
+    assert {(p.op, p.kv_dtype, p.state_dtype, p.compress_ratio) for p in of_state_ops} == {
+        (p.op, kv, state, ratio) for p in of_state_ops for kv in ("bf16", "fp32")
         for state in ("bf16", "fp32") for ratio in (2, 4, 128)
     }  # fmt: skip
-    assert {p.ape_in_state for p in problems} == {False, True}
+    assert {p.ape_in_state for p in of_state_ops} == {False, True}
+    assert {one.op for one in problems} == set(op_specs())
     for arch in dict(SAMPLES):
-        tunings = {variant.tuning for variant in variants_for(load_table(), arch)}
-        assert {variant.tuning for name, variant in SAMPLES if name == arch} == tunings
+        variants = variants_for(load_table(), arch)
+        chosen = [variant for name, variant in SAMPLES if name == arch]
+        assert {(v.op, v.tuning) for v in chosen} == {(v.op, v.tuning) for v in variants}
+        if arch == ARCH:
+            dtypes = {(v.op, *dtypes_of(v.problem)) for v in variants}
+            assert {(v.op, *dtypes_of(v.problem)) for v in chosen} == dtypes
 
 
 @needs_nvrtc

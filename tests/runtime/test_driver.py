@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvfold.codegen import Variant
+from kvfold.codegen import OpSpec, Variant, load_table, op_specs
+from kvfold.ops.norm_rope_store import cuda_kernel as norm_kernel
+from kvfold.ops.norm_rope_store import spec as norm
 from kvfold.ops.paged_kv_compress import cuda_kernel
 from kvfold.ops.paged_kv_compress.spec import SPEC, Problem, Tuning
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
 from kvfold.runtime import driver, internals
-from kvfold.runtime.arguments import dimensions_of
+from kvfold.runtime.arguments import check, dimensions_of
 
 PROBLEM = Problem(head_dim=64, compress_ratio=4, kv_dtype="bf16", state_dtype="fp32", next_n=2)
 VARIANT = Variant(problem=PROBLEM, backend="cuda", tuning=Tuning(reduce_warps=1, head_slice=32))
@@ -34,15 +36,19 @@ class LaunchConfig(ctypes.Structure):
     ]
 
 
-C_TYPES = {"int64": ctypes.c_int64, "int": ctypes.c_int, "uint32": ctypes.c_uint32}
+C_TYPES = {
+    "int64": ctypes.c_int64,
+    "int": ctypes.c_int,
+    "uint32": ctypes.c_uint32,
+    "float": ctypes.c_float,
+}
 
 
-class Params(ctypes.Structure):
-    """The parameter struct of the op, as a C compiler lays it out."""
-
-    _fields_ = [
-        (name, C_TYPES.get(kind, ctypes.c_void_p)) for kind, name in SPEC.param_struct.members()
-    ]
+def params_of(spec: OpSpec) -> type[ctypes.Structure]:
+    """The parameter struct of an op, as a C compiler lays it out."""
+    members = spec.param_struct.members()
+    fields = [(name, C_TYPES.get(kind, ctypes.c_void_p)) for kind, name in members]
+    return type("Params", (ctypes.Structure,), {"_fields_": fields})
 
 
 class FakeKernel:
@@ -53,6 +59,7 @@ class FakeKernel:
 
     def __init__(self, status=0):
         self.launches, self.status = [], status
+        self.params = params_of(self.variant.spec)
 
     def cu_launch(self, config, function, params, extra):
         """cuLaunchKernelEx."""
@@ -62,7 +69,9 @@ class FakeKernel:
                 LaunchConfig.from_buffer_copy(
                     ctypes.string_at(config.value, ctypes.sizeof(LaunchConfig))
                 ),
-                Params.from_buffer_copy(ctypes.string_at(params[0], ctypes.sizeof(Params))),
+                self.params.from_buffer_copy(
+                    ctypes.string_at(params[0], ctypes.sizeof(self.params))
+                ),
             )
         )
         return self.status
@@ -158,5 +167,125 @@ def test_a_launch_that_fails_names_the_kernel_and_the_error():
         driver.PackedLaunch(kernel, arguments)(pointers_of(arguments))
 
 
-def test_the_parameters_fit_in_the_buffer():
-    assert ctypes.sizeof(Params) == SPEC.param_struct.size <= driver.MAX_PARAM_BYTES
+@pytest.mark.parametrize("op", op_specs())
+def test_the_parameters_fit_in_the_buffer(op):
+    spec = op_specs()[op]
+    assert ctypes.sizeof(params_of(spec)) == spec.param_struct.size <= driver.MAX_PARAM_BYTES
+
+
+# ---- optional tensors, any strides, floats -------------------------------------------------------
+
+
+class NormKernel(FakeKernel):
+    """Stands for a kernel of norm_rope_store."""
+
+    variant = Variant(
+        problem=norm.Problem(head_dim=512, rows_dtype="bf16"),
+        backend="cuda",
+        tuning=norm.Tuning(warps=2),
+    )
+    module = norm_kernel
+
+
+def norm_arguments(**fields) -> norm.Arguments:
+    given = {
+        "rows": torch.zeros(5, 512, dtype=torch.bfloat16),
+        "weight": torch.zeros(512),
+        "rope_table": torch.zeros(9, 32, 2).transpose(1, 2),
+        "positions": torch.zeros(5, dtype=torch.int32),
+        "slots": torch.zeros(5, dtype=torch.int64),
+        "cache": torch.zeros(3, 4 * 584 + 16, dtype=torch.uint8),
+        "eps": 1e-6,
+        "rows_per_page": 4,
+        "format": "mixed_584",
+    }
+    arguments = norm.Arguments(**given | fields)
+    check(norm.SPEC, arguments)
+    return arguments
+
+
+def launched(arguments: norm.Arguments, **tensors):
+    """(configuration, parameters) of a launch that is packed for the arguments.
+
+    Args:
+        tensors: what the launch gets in the place of some of them.
+    """
+    kernel = NormKernel()
+    given = replace(arguments, **tensors).tensors()
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+    driver.PackedLaunch(kernel, arguments)(pointers)
+    return kernel.launches[0]
+
+
+def test_a_tensor_that_is_absent_has_a_null_pointer_and_strides_of_0():
+    config, params = launched(norm_arguments())
+    assert (config.grid_x, config.block_x) == (3, 64)
+    for name in ("scale", "latent_out", "rows_out", "codes_out", "scales_out"):
+        assert getattr(params, name) is None  # as ctypes has a null pointer
+    for name in ("latent_out", "rows_out", "codes_out", "scales_out"):
+        assert getattr(params, f"{name}_stride") == 0
+    assert (params.latent_out_is_bf16, params.rows_out_is_bf16) == (0, 0)
+
+
+def test_a_tensor_that_is_there_has_its_pointer_and_strides():
+    outputs = {
+        "latent_out": torch.zeros(5, 520, dtype=torch.bfloat16)[:, :512],
+        "codes_out": torch.zeros(5, 580, dtype=torch.uint8)[:, :576],
+    }
+    arguments = norm_arguments(**outputs)
+    _, params = launched(arguments)
+    assert params.latent_out == outputs["latent_out"].data_ptr()
+    assert params.codes_out == outputs["codes_out"].data_ptr()
+    assert (params.rows_out, params.scales_out) == (None, None)
+    strides = [params.latent_out_stride, params.rows_out_stride, params.codes_out_stride]
+    assert strides == [520, 0, 580]
+    assert (params.latent_out_is_bf16, params.rows_out_is_bf16) == (1, 0)
+    # The members that follow the strides are where they belong.
+    assert (params.num_rows, params.rows_per_page) == (5, 4)
+    other = torch.zeros(5, 580, dtype=torch.uint8)[:, :576]
+    assert launched(arguments, codes_out=other)[1].codes_out == other.data_ptr()
+
+
+def test_a_tensor_of_any_strides_has_all_of_them_in_the_parameters():
+    _, params = launched(norm_arguments())
+    assert (params.rope_position_stride, params.rope_part_stride, params.rope_pair_stride) == (
+        64, 1, 2,
+    )  # fmt: skip
+    halves = torch.zeros(9, 2, 32)
+    _, params = launched(norm_arguments(rope_table=halves))
+    assert (params.rope_position_stride, params.rope_part_stride, params.rope_pair_stride) == (
+        64, 32, 1,
+    )  # fmt: skip
+    assert (params.max_pos, params.rope_pairs) == (9, 32)
+
+
+def test_floats_words_and_bools_are_in_the_parameters():
+    arguments = norm_arguments(eps=0.1, rounding="each_step", rotate=True)
+    _, params = launched(arguments)
+    assert params.eps == ctypes.c_float(0.1).value != 0.1
+    assert (params.rounding, params.rotate, params.prefetch) == (3, 1, 0)
+    assert params.largest == 448.0
+    _, params = launched(norm_arguments(eps=0.0, prefetch="state"))
+    assert (params.eps, params.rounding, params.rotate, params.prefetch) == (0.0, 0, 0, 2)
+
+
+@pytest.mark.parametrize("name", load_table().formats)
+def test_the_parameters_describe_the_format(name):
+    format = load_table().formats[name]
+    layout = format.layout(512, 64, 4)
+    cache = torch.zeros(3, layout.page_bytes, dtype=torch.uint8)
+    _, params = launched(norm_arguments(format=name, cache=cache))
+    assert params.code_bits == {"bf16": 16, "fp32": 32, "fp8_e4m3": 8, "fp4_e2m1": 4}[format.code]
+    assert params.scale_code == ["none", "tensor", "fp32", "e8m0", "e4m3"].index(format.scale)
+    assert params.block_lanes * 16 == format.block  # a lane of a warp has 16 of 512 columns
+    assert (params.ties_down, params.pow2) == (format.ties == "down", format.rule == "pow2")
+    assert params.floor_on_scale == (format.floor_on == "scale")
+    floor = ctypes.c_float.from_buffer_copy(ctypes.c_uint32(params.floor_bits))
+    assert floor.value == ctypes.c_float(format.floor).value
+    columns = 448 if format.rope == "bf16" else 512
+    assert params.code_columns == columns
+    assert params.code_bytes == columns * params.code_bits // 8
+    assert params.row_stride == layout.data_offset(1) - layout.data_offset(0)
+    assert params.scale_start == layout.scale_offset(0)
+    assert params.scale_stride == layout.scale_offset(1) - layout.scale_offset(0)
+    assert (params.scale_count, params.scale_bytes) == (layout.scale_count, layout.scale_bytes)

@@ -205,7 +205,7 @@ BAD = {
     "slots dtype": ("slots", lambda t: t.int(), "torch.int64"),
     "slots shape": ("slots", lambda t: torch.cat([t, t]), r"\[num_rows\] = \[7\]"),
     "cache dtype": ("cache", lambda t: t.view(torch.int8), "torch.uint8"),
-    "cache dims": ("cache", lambda t: t.flatten(), r"\[num_pages, page_bytes\]"),
+    "cache dims": ("cache", lambda t: t.flatten(), r"\[\w+_pages, page_bytes\]"),
     "cache bytes": ("cache", lambda t: t[:, :-1], f"{4 * 584} or more"),
     "cache start": ("cache", lambda t: unaligned(t, 2), "multiples of 4 bytes"),
     "cache stride": ("cache", lambda t: strided(t, 4 * 584 + 2), "multiples of 4 bytes"),
