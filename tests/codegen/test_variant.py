@@ -157,7 +157,7 @@ def test_a_triton_variant_has_the_threads_of_its_warps_and_no_shared_memory_of_o
     ],
 )
 def test_items_that_a_storing_thread_has_at_once(changes, items):
-    assert make(**changes).launch.constants == {"items_at_once": items}
+    assert make(**changes).launch.constants["items_at_once"] == items
 
 
 @pytest.mark.parametrize(

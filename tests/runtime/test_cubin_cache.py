@@ -189,7 +189,7 @@ def test_the_key_covers_source_options_arch_and_nvrtc(monkeypatch):
 
 def test_a_header_that_is_included_changes_the_key(sources):
     before = name()
-    for header in ("device/types.cuh", "ops/paged_kv_compress/store.cuh"):
+    for header in ("device/types.cuh", "ops/paged_kv_compress/kernel.cuh"):
         text = (sources / header).read_text()
         (sources / header).write_text(text + "\n// changed\n")
         assert name() != before
