@@ -76,7 +76,8 @@ def config_members(variant: Variant) -> list[str]:
     members.append(f"static constexpr int threads = {variant.launch.threads};")
     members.append(f"static constexpr int shared_bytes = {variant.launch.shared_bytes};")
     members.append(f"static constexpr int cluster = {variant.launch.cluster};")
-    for name, value in variant.launch.constants.items():
+    constants = {**variant.launch.constants, **variant.spec.constants, **dict(variant.constants)}
+    for name, value in constants.items():
         members.append(f"static constexpr {type(value).__name__} {name} = {str(value).lower()};")
     return members
 

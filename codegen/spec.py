@@ -70,6 +70,10 @@ class OpSpec:
         may_be_same: pairs of tensors for which a caller may pass one tensor.
         params: 4-byte members of the CUDA parameter struct, 'name' (int), 'uint32 name' or
             'float name'.
+        constants: constants of the CUDA config struct that depend on a call's arguments, with the
+            values that a variant has by itself.
+        specialise: makes their values of a call, from its arguments and dimensions. A kernel is
+            compiled for each set of values, at first use. None: there are no such constants.
     """
 
     problem: type[Problem]
@@ -85,6 +89,8 @@ class OpSpec:
     defined_by: Mapping[str, str] = field(default_factory=dict)
     may_be_same: tuple[tuple[str, str], ...] = ()
     params: tuple[str, ...] = ()
+    constants: Mapping[str, Value] = field(default_factory=dict)
+    specialise: Callable[[Any, Mapping[str, int]], Mapping[str, Value]] | None = None
 
     @property
     def name(self) -> str:

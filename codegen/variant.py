@@ -1,18 +1,19 @@
 """What one kernel is (Variant), and where the table applies it (Bucket)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from . import gpu
 from .errors import TableError, in_words
-from .fields import POSITIVE, FieldSet, check_value
+from .fields import POSITIVE, FieldSet, Value, check_value
 from .spec import BACKENDS, Launch, OpSpec, Problem, Tuning, op_spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One kernel: a problem, a backend and a tuning.
+    """One kernel: a problem, a backend and a tuning; specialised, also constants of a call.
 
     Raises:
         TableError: the combination cannot run.
@@ -21,6 +22,7 @@ class Variant:
     problem: Any  # a Problem of the op
     backend: str
     tuning: Any  # a Tuning of the op
+    constants: tuple[tuple[str, Value], ...] = ()  # of a call; see OpSpec.specialise
 
     def __post_init__(self):
         assert isinstance(self.problem, Problem) and isinstance(self.tuning, Tuning)
@@ -41,6 +43,10 @@ class Variant:
     def launch(self) -> Launch:
         """What the kernel needs on the GPU."""
         return self.spec.launch(self.problem, self.backend, self.tuning)
+
+    def specialised(self, constants: Mapping[str, Value]) -> "Variant":
+        """The same kernel with constants of a call."""
+        return replace(self, constants=tuple(sorted(constants.items())))
 
     @cached_property
     def symbol(self) -> str:

@@ -3,7 +3,8 @@
 // A row needs all its columns at once, and the CTAs of a cluster have a slice of them each. They write
 // their columns to the shared memory of one CTA, the row's owner, and a warp of it takes the row on. The
 // rows of a cluster have their owners and warps in turn. The barrier between the two is split: a thread
-// arrives when it has written its columns of a row, and waits when it has written those of the next.
+// arrives when it has written its columns, and waits later. In a stream of rows (`streamed`) it waits
+// when it has written its columns of the next row, so that no one waits for the last CTA to write.
 #pragma once
 #include "device/cluster.cuh"
 #include "device/cta_barrier.cuh"
@@ -11,8 +12,8 @@
 #include "device/row_store.cuh"
 #include "device/window_shape.cuh"
 
-// Params has the members of RowStore, and row_is_bf16: whether a row is rounded to bf16 first.
-template <class C>
+// C and Params have the members that RowStore needs. C::row_is_bf16: a row is rounded to bf16 first.
+template <class C, bool streamed>
 struct CacheOutput {
   using Params = typename C::Params;
   using Row = WarpRow<C::head_dim>;
@@ -67,7 +68,7 @@ struct CacheOutput {
     metadata = load_metadata(p, row);
     if (count == 0 && threadIdx.x * 128 < row_bytes)
       prefetch_to_l2(static_cast<const char*>(p.weight) +
-                     threadIdx.x * (p.weight_is_bf16 ? 64 : 128));
+                     threadIdx.x * (C::weight_is_bf16 ? 64 : 128));
   }
 
   __device__ __forceinline__ void begin_row() {
@@ -75,7 +76,7 @@ struct CacheOutput {
   }
 
   __device__ __forceinline__ void write_column(int64, int column, float value) const {
-    if (p.row_is_bf16) value = __uint_as_float(round_pair_to_bf16(value, 0.0f) << 16);
+    if constexpr (C::row_is_bf16) value = __uint_as_float(round_pair_to_bf16(value, 0.0f) << 16);
     if constexpr (C::cluster > 1)
       store_to_cta(shared_address(buffer(count) + column), owner(count), value);
     else
@@ -90,29 +91,29 @@ struct CacheOutput {
   }
 
   __device__ __forceinline__ void end_row(int64 row) {
-    if (count > 0) wait(count - 1);
+    if (streamed && count > 0) wait(count - 1);
     arrive();
-    if (count > 0 && is_mine(count - 1)) {
-      const RowPlace place = place_of(p, last_metadata);
-      wait_for_predecessor();
-      if (place.exists) take(RowStore<C>(p, place));
-    }
+    if (streamed && count > 0) take_last([] {});
     last_row = row;
     last_metadata = metadata;
     ++count;
+    if (!streamed) take_last([&] { wait(count - 1); });
   }
 
   __device__ __forceinline__ void end() {
-    if (count == 0) return;
+    if (streamed && count > 0) take_last([&] { wait(count - 1); });
+  }
+
+  // Takes the last row to the cache, if it is this warp's. All warps call `wait_for_columns`; what does
+  // not depend on the row is loaded meanwhile.
+  template <class Wait>
+  __device__ __forceinline__ void take_last(const Wait& wait_for_columns) const {
     const RowPlace place = place_of(p, last_metadata);
-    if (place.exists && is_mine(count - 1)) {
-      wait_for_predecessor();
-      const RowStore<C> store(p, place);  // its loads are in flight while the warp waits
-      wait(count - 1);
-      take(store);
-    } else {
-      wait(count - 1);
-    }
+    if (!place.exists || !is_mine(count - 1)) return wait_for_columns();
+    wait_for_predecessor();
+    const RowStore<C> store(p, place);
+    wait_for_columns();
+    take(store);
   }
 
   // Takes the last row to the cache.

@@ -1,19 +1,20 @@
 // Codes and scales of cache formats. kvfold.formats has the same in torch, and docs/formats.md says what
-// becomes of zeros, infinities and NaN. A format is data: one kernel serves them all.
+// becomes of zeros, infinities and NaN. A kernel is compiled for a format: its fields are constants of C.
 #pragma once
 #include "device/vector.cuh"
 
 constexpr uint32 magnitude_bits = 0x7fffffffu, infinity_bits = 0x7f800000u, nan_bits = 0x7fffffffu;
 constexpr uint32 largest_finite_bits = 0x7f7fffffu;
 
-// Values of Params::scale_code; ops/row_plan.py has them in the same order.
+// Values of C::scale_code, in the order of SCALE_CODES in ops/row_spec.py.
 constexpr int scale_none = 0, scale_tensor = 1, scale_fp32 = 2, scale_e8m0 = 3, scale_e4m3 = 4;
 
 // ---- Codes --------------------------------------------------------------------------------------
 
 // fp8 e4m3: to nearest, saturating; NaN is 0x7f. ties_down: ties go toward zero, and zeros are positive;
 // otherwise ties go to even codes, and a zero keeps its sign.
-__device__ __forceinline__ uint32 encode_e4m3(float value, bool ties_down) {
+template <bool ties_down>
+__device__ __forceinline__ uint32 encode_e4m3(float value) {
   const uint32 bits = __float_as_uint(value), magnitude = bits & magnitude_bits;
   const uint32 field = magnitude >> 23;
   const uint32 mantissa = (magnitude & 0x7fffffu) | (field ? 0x800000u : 0u);
@@ -29,15 +30,16 @@ __device__ __forceinline__ uint32 encode_e4m3(float value, bool ties_down) {
 }
 
 // Two columns, the first in the low byte; with the instruction where there is one.
-__device__ __forceinline__ uint32 encode_pair_e4m3(float low, float high, bool ties_down) {
+template <bool ties_down>
+__device__ __forceinline__ uint32 encode_pair_e4m3(float low, float high) {
 #if __CUDA_ARCH__ >= 890
-  if (!ties_down) {
+  if constexpr (!ties_down) {
     unsigned short pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
     return pair;
   }
 #endif
-  return encode_e4m3(low, ties_down) | encode_e4m3(high, ties_down) << 8;
+  return encode_e4m3<ties_down>(low) | encode_e4m3<ties_down>(high) << 8;
 }
 
 __device__ __forceinline__ float decode_e4m3(uint32 code) {
@@ -48,12 +50,13 @@ __device__ __forceinline__ float decode_e4m3(uint32 code) {
 }
 
 // fp4 e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign bit; NaN is 6. ties_down: as for fp8.
-__device__ __forceinline__ uint32 encode_e2m1(float value, bool ties_down) {
+template <bool ties_down>
+__device__ __forceinline__ uint32 encode_e2m1(float value) {
   const float a = fabsf(value);
-  const bool even = !ties_down;
-  uint32 code = uint32(a > 0.25f) + uint32(a > 0.75f || (even && a == 0.75f)) + uint32(a > 1.25f) +
-                uint32(a > 1.75f || (even && a == 1.75f)) + uint32(a > 2.5f) +
-                uint32(a > 3.5f || (even && a == 3.5f)) + uint32(a > 5.0f);
+  constexpr bool even = !ties_down;
+  uint32 code = uint32(a > 0.25f) + uint32(even ? a >= 0.75f : a > 0.75f) + uint32(a > 1.25f) +
+                uint32(even ? a >= 1.75f : a > 1.75f) + uint32(a > 2.5f) +
+                uint32(even ? a >= 3.5f : a > 3.5f) + uint32(a > 5.0f);
   if (__float_as_uint(value) >> 31 && (even || code)) code |= 8;
   return a == a ? code : 7u;
 }
@@ -68,27 +71,27 @@ struct BlockScale {
 };
 
 // `amax`: bits of the largest magnitude of the block.
-template <class Params>
-__device__ __forceinline__ BlockScale scale_of_block(const Params& p, uint32 amax) {
+template <class C>
+__device__ __forceinline__ BlockScale scale_of_block(const typename C::Params& p, uint32 amax) {
   if (amax == infinity_bits) amax = largest_finite_bits;
-  if (!p.floor_on_scale && amax < p.floor_bits) amax = p.floor_bits;
+  if (!C::floor_on_scale && amax < p.floor_bits) amax = p.floor_bits;
   uint32 scale = __float_as_uint(__fdiv_rn(__uint_as_float(amax), p.largest));
   if ((scale & magnitude_bits) > infinity_bits) scale = nan_bits;
-  if (p.floor_on_scale && scale < p.floor_bits) scale = p.floor_bits;
-  if (p.pow2) {
+  if (C::floor_on_scale && scale < p.floor_bits) scale = p.floor_bits;
+  if constexpr (C::pow2) {
     uint32 exponent = (scale >> 23) + uint32((scale & 0x7fffffu) != 0);
     exponent = exponent > 255 ? 255 : exponent;
     const uint32 value = exponent == 255 ? nan_bits : exponent << 23;
     // 2^127 has a reciprocal that is no normal.
     const uint32 reciprocal = exponent >= 254 ? 0x400000u : (254 - exponent) << 23;
-    return {p.scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value),
+    return {C::scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value),
             __uint_as_float(exponent == 255 ? nan_bits : reciprocal)};
-  }
-  if (p.scale_code == scale_e4m3) {
-    const uint32 code = encode_e4m3(__uint_as_float(scale), false);
+  } else if constexpr (C::scale_code == scale_e4m3) {
+    const uint32 code = encode_e4m3<false>(__uint_as_float(scale));
     return {code, decode_e4m3(code), 0.0f};
+  } else {
+    return {scale, __uint_as_float(scale), 0.0f};
   }
-  return {scale, __uint_as_float(scale), 0.0f};
 }
 
 __device__ __forceinline__ float divide_by_scale(float value, float scale) {

@@ -30,9 +30,10 @@ struct WarpRow {
 #pragma unroll
     for (int i = 0; i < columns; ++i) sum[i] = __fmul_rn(x[i], x[i]);
 #pragma unroll
-    for (int width = columns / 2; width > 0; width /= 2)
+    for (int distance = 1; distance < columns; distance *= 2)
 #pragma unroll
-      for (int i = 0; i < width; ++i) sum[i] = __fadd_rn(sum[2 * i], sum[2 * i + 1]);
+      for (int i = 0; i + distance < columns; i += 2 * distance)
+        sum[i] = __fadd_rn(sum[i], sum[i + distance]);
     float result = sum[0];
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2)
@@ -48,15 +49,23 @@ struct WarpRow {
     for (int i = 0; i < columns; ++i) x[i] = __fmul_rn(__fmul_rn(x[i], rstd), weight[i]);
   }
 
+  // Whether the lane's columns from `i` on are rotated. Where all lanes begin with a rotated column or
+  // have none, it is the same for every i.
+  template <int first_rotated>
+  static __device__ __forceinline__ bool is_rotated(int i) {
+    return first_column() + (first_rotated % columns ? i : 0) >= first_rotated;
+  }
+
   // Rotates the pairs of neighbouring columns from `first_rotated` on, which is even.
-  __device__ __forceinline__ void rope(int first_rotated, const float (&cosine)[columns / 2],
+  template <int first_rotated>
+  __device__ __forceinline__ void rope(const float (&cosine)[columns / 2],
                                        const float (&sine)[columns / 2]) {
 #pragma unroll
     for (int i = 0; i < columns; i += 2) {
-      if (first_column() + i < first_rotated) continue;
       const float a = x[i], b = x[i + 1], c = cosine[i / 2], s = sine[i / 2];
-      x[i] = __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
-      x[i + 1] = __fadd_rn(__fmul_rn(a, s), __fmul_rn(b, c));
+      const bool rotated = is_rotated<first_rotated>(i);
+      x[i] = rotated ? __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)) : a;
+      x[i + 1] = rotated ? __fadd_rn(__fmul_rn(a, s), __fmul_rn(b, c)) : b;
     }
   }
 

@@ -1,13 +1,16 @@
 // The way of a compressed row to the cache: norm, RoPE, rotation, quantisation, store. One warp has it.
 //
-// Params has the members that ops/row_spec.py lists, and the op's tensors with their strides.
+// Params has the members that ops/row_spec.py lists in ROW_PARAMS, and the op's tensors with their strides.
+// C has the constants of ROW_CONSTANTS: a kernel is compiled for a format, a rounding and the outputs.
 #pragma once
 #include "device/memory.cuh"
 #include "device/quantise.cuh"
 #include "device/row_math.cuh"
 
-// The values of Params::rounding, in the order of ROUNDINGS in ops/row_spec.py.
+// The values of C::rounding, in the order of ROUNDINGS in ops/row_spec.py.
 constexpr int round_once = 0, round_before_codes = 1, round_codes_from_bf16 = 2, round_each_step = 3;
+// The values of C::latent_out and C::rows_out, in the order of OUTPUTS.
+constexpr int no_output = 0, bf16_output = 1;
 
 // The metadata of a row as they are in memory. To load them early costs no wait.
 struct RowMetadata {
@@ -33,7 +36,8 @@ __device__ __forceinline__ RowPlace place_of(const Params& p, const RowMetadata&
   const auto [position, slot] = metadata;
   const bool exists = position >= 0 && position < p.max_pos && slot >= 0 &&
                       slot < int64(p.cache_pages) * p.rows_per_page;
-  const int64 page = exists ? slot / p.rows_per_page : 0;
+  int64 page = 0;
+  if (exists) page = slot >> 32 ? slot / p.rows_per_page : uint32(slot) / uint32(p.rows_per_page);
   return {position, page, int(slot - page * p.rows_per_page), exists};
 }
 
@@ -58,6 +62,12 @@ struct RowStore {
   using Params = typename C::Params;
   using Row = WarpRow<C::head_dim>;
   static constexpr int columns = Row::columns;
+  static constexpr int first_rotated = C::head_dim - C::rope_dim;
+  // Lanes that share the scale of a block; 0: a page holds no scales.
+  static constexpr int block_lanes = C::scale_code >= scale_fp32 ? C::block / columns : 0;
+  static constexpr int scale_count = block_lanes ? C::code_columns / C::block : 0;
+  // Bytes of the codes of a row. The columns behind code_columns are stored as bf16 behind them.
+  static constexpr int code_bytes = C::code_columns * C::code_bits / 8;
 
   const Params& p;
   const RowPlace place;
@@ -69,62 +79,52 @@ struct RowStore {
       : p(params), place(row_place) {
     const int column = Row::first_column();
     load_weight(column);
-    const float* pair =
-        p.rope_table + place.position * p.rope_position_stride +
-        int64((column - first_rotated()) / 2) * p.rope_pair_stride;
+    if constexpr (C::rope_dim > 0) {
+      const float* pair = p.rope_table + place.position * p.rope_position_stride +
+                          int64((column - first_rotated) / 2) * p.rope_pair_stride;
 #pragma unroll
-    for (int i = 0; i < columns / 2; ++i) {
-      const bool rotated = column + 2 * i >= first_rotated();
-      cosine[i] = rotated ? pair[i * p.rope_pair_stride] : 1.0f;
-      sine[i] = rotated ? pair[i * p.rope_pair_stride + p.rope_part_stride] : 0.0f;
+      for (int i = 0; i < columns / 2; ++i, pair += p.rope_pair_stride) {
+        const bool rotated = Row::template is_rotated<first_rotated>(2 * i);
+        cosine[i] = rotated ? *pair : 1.0f;
+        sine[i] = rotated ? pair[p.rope_part_stride] : 0.0f;
+      }
     }
   }
 
-  __device__ __forceinline__ int first_rotated() const { return C::head_dim - 2 * p.rope_pairs; }
-
   __device__ __forceinline__ void load_weight(int column) {
-    if (p.weight_is_bf16) {
-      const auto v = load<bf16, columns>(static_cast<const bf16*>(p.weight) + column, true);
+    using weight_dtype = choose<C::weight_is_bf16, bf16, float>;
+    const auto v =
+        load<weight_dtype, columns>(static_cast<const weight_dtype*>(p.weight) + column, true);
 #pragma unroll
-      for (int i = 0; i < columns; ++i) weight[i] = ::column(v, i);
-    } else {
-      const auto v = load<float, columns>(static_cast<const float*>(p.weight) + column, true);
-#pragma unroll
-      for (int i = 0; i < columns; ++i) weight[i] = ::column(v, i);
-    }
+    for (int i = 0; i < columns; ++i) weight[i] = ::column(v, i);
   }
 
   // Takes row number `index` to the cache and to the optional outputs.
   __device__ __forceinline__ void run(int index, Row& row) const {
-    const bool each_step = p.rounding == round_each_step;
-    if (each_step) row.round_to_bf16();
+    constexpr bool each_step = C::rounding == round_each_step;
+    if constexpr (each_step) row.round_to_bf16();
     row.norm(weight, p.eps);
-    if (each_step) row.round_to_bf16();
-    if (p.latent_out)
-      write(p.latent_out, p.latent_out_is_bf16, index * p.latent_out_stride, row);
-    row.rope(first_rotated(), cosine, sine);
-    if (each_step || p.rounding == round_codes_from_bf16) row.round_to_bf16();
-    if (p.rotate) {
+    if constexpr (each_step) row.round_to_bf16();
+    write<C::latent_out>(p.latent_out, index * p.latent_out_stride, row);
+    if constexpr (C::rope_dim > 0) row.template rope<first_rotated>(cosine, sine);
+    if constexpr (each_step || C::rounding == round_codes_from_bf16) row.round_to_bf16();
+    if constexpr (C::rotate) {
       row.hadamard();
-      if (each_step) row.round_to_bf16();
+      if constexpr (each_step) row.round_to_bf16();
     }
-    if (p.rows_out) write(p.rows_out, p.rows_out_is_bf16, index * p.rows_out_stride, row);
-    if (p.rounding == round_before_codes) row.round_to_bf16();
+    write<C::rows_out>(p.rows_out, index * p.rows_out_stride, row);
+    if constexpr (C::rounding == round_before_codes) row.round_to_bf16();
     store(index, row);
   }
 
   // A row of an optional output.
-  static __device__ __forceinline__ void write(void* output, bool is_bf16, int64 offset,
-                                               const Row& row) {
-    offset += Row::first_column();
-    if (is_bf16) {
-      Vec<bf16, columns> rounded;
+  template <int dtype>
+  static __device__ __forceinline__ void write(void* output, int64 offset, const Row& row) {
+    if constexpr (dtype != no_output) {
+      using value_dtype = choose<dtype == bf16_output, bf16, float>;
+      Vec<value_dtype, columns> rounded;
       round_columns(row.x, rounded);
-      ::store(static_cast<bf16*>(output) + offset, rounded);
-    } else {
-      Vec<float, columns> exact;
-      round_columns(row.x, exact);
-      ::store(static_cast<float*>(output) + offset, exact);
+      ::store(static_cast<value_dtype*>(output) + offset + Row::first_column(), rounded);
     }
   }
 
@@ -133,36 +133,34 @@ struct RowStore {
   __device__ __forceinline__ void store(int index, Row& row) const {
     uint8* page = p.cache + place.page * p.cache_stride;
     uint8* data = page + int64(place.row) * p.row_stride;
-    uint8* scales = page + p.scale_start + int64(place.row) * p.scale_stride;
-    uint8* codes_out = p.codes_out ? p.codes_out + index * p.codes_out_stride : nullptr;
-    uint8* scales_out = p.scales_out ? p.scales_out + index * p.scales_out_stride : nullptr;
-    const bool has_code = Row::first_column() < p.code_columns;  // else bf16, behind the codes
-    if (p.block_lanes) {
-      const BlockScale scale = block_scale(row);
-      if (has_code && p.pow2) multiply(row, scale.reciprocal);
-      if (has_code && !p.pow2) divide(row, scale.value);
-      write_scale(scales, scale.code);
-      if (scales_out) write_scale(scales_out, scale.code);
-    } else if (p.scale_code == scale_tensor && p.scale) {
-      if (has_code) divide(row, *p.scale);
+    const bool has_code = Row::first_column() < C::code_columns;  // else bf16, behind the codes
+    if constexpr (block_lanes > 0) {
+      const BlockScale scale = scale_of_block<C>(p, block_maximum(row));
+      if (has_code) C::pow2 ? multiply(row, scale.reciprocal) : divide(row, scale.value);
+      write_scale(page + p.scale_start + int64(place.row) * p.scale_stride, scale.code);
+      if constexpr (C::scales_out)
+        write_scale(p.scales_out + index * p.scales_out_stride, scale.code);
+    } else if constexpr (C::scale_code == scale_tensor) {
+      if (p.scale) divide(row, *p.scale);
     }
     write_codes(data, row, has_code);
-    if (codes_out) write_codes(codes_out, row, has_code);
+    if constexpr (C::codes_out) write_codes(p.codes_out + index * p.codes_out_stride, row, has_code);
   }
 
-  // The scale of the block that the lane's columns belong to.
-  __device__ __forceinline__ BlockScale block_scale(const Row& row) const {
+  // Bits of the largest magnitude of the block that the lane's columns belong to.
+  static __device__ __forceinline__ uint32 block_maximum(const Row& row) {
     uint32 amax = 0;
 #pragma unroll
     for (int i = 0; i < columns; ++i) {
       const uint32 magnitude = __float_as_uint(row.x[i]) & magnitude_bits;
       amax = magnitude > amax ? magnitude : amax;
     }
-    for (int distance = 1; distance < p.block_lanes; distance *= 2) {
+#pragma unroll
+    for (int distance = 1; distance < block_lanes; distance *= 2) {
       const uint32 other = __shfl_xor_sync(all_lanes, amax, distance);
       amax = other > amax ? other : amax;
     }
-    return scale_of_block(p, amax);
+    return amax;
   }
 
   static __device__ __forceinline__ void divide(Row& row, float scale) {
@@ -177,17 +175,16 @@ struct RowStore {
   }
 
   // The scale of the lane's block, by the block's first lane, and the zeros behind all scales.
-  __device__ __forceinline__ void write_scale(uint8* scales, uint32 code) const {
-    const int lane = Row::lane(), block = lane / p.block_lanes;
-    const bool writes = lane % p.block_lanes == 0 && block < p.scale_count;
-    int used = p.scale_count;
-    if (p.scale_code == scale_fp32) {
-      if (writes) store_bytewise(scales + 4 * block, code);
-      used *= 4;
-    } else if (writes) {
-      scales[block] = uint8(code);
+  static __device__ __forceinline__ void write_scale(uint8* scales, uint32 code) {
+    constexpr int width = C::scale_code == scale_fp32 ? 4 : 1, used = width * scale_count;
+    const int lane = Row::lane(), block = lane / block_lanes;
+    if (lane % block_lanes == 0 && block < scale_count) {
+      if constexpr (width == 4) store_bytewise(scales + 4 * block, code);
+      else scales[block] = uint8(code);
     }
-    for (int i = used + lane; i < p.scale_bytes; i += 32) scales[i] = 0;
+#pragma unroll
+    for (int i = used; i < C::scale_bytes; i += 32)
+      if (i + lane < C::scale_bytes) scales[i + lane] = 0;
   }
 
   // A word to any address.
@@ -201,29 +198,34 @@ struct RowStore {
   }
 
   // The lane's columns, as codes or as bf16 behind the codes.
-  __device__ __forceinline__ void write_codes(uint8* data, const Row& row, bool has_code) const {
+  static __device__ __forceinline__ void write_codes(uint8* data, const Row& row, bool has_code) {
     const int column = Row::first_column();
-    if (!has_code) return write_bf16(data + p.code_bytes + 2 * (column - p.code_columns), row);
-    if (p.code_bits == 8) return write_fp8(data + column, row);
-    if (p.code_bits == 4) return write_fp4(data + column / 2, row);
-    if (p.code_bits == 16) return write_bf16(data + 2 * column, row);
-    write_fp32(data + 4 * column, row);
+    if (C::code_columns < C::head_dim && !has_code)
+      write_bf16(data + code_bytes + 2 * (column - C::code_columns), row);
+    else if constexpr (C::code_bits == 4)
+      write_fp4(data + column / 2, row);
+    else if constexpr (C::code_bits == 8)
+      write_fp8(data + column, row);
+    else if constexpr (C::code_bits == 16)
+      write_bf16(data + 2 * column, row);
+    else
+      write_fp32(data + 4 * column, row);
   }
 
-  __device__ __forceinline__ void write_fp8(uint8* at, const Row& row) const {
+  static __device__ __forceinline__ void write_fp8(uint8* at, const Row& row) {
     uint32 word[columns / 4];
 #pragma unroll
     for (int i = 0; i < columns; i += 4)
-      word[i / 4] = encode_pair_e4m3(row.x[i], row.x[i + 1], p.ties_down) |
-                    encode_pair_e4m3(row.x[i + 2], row.x[i + 3], p.ties_down) << 16;
+      word[i / 4] = encode_pair_e4m3<C::ties_down>(row.x[i], row.x[i + 1]) |
+                    encode_pair_e4m3<C::ties_down>(row.x[i + 2], row.x[i + 3]) << 16;
     store_bytes<columns>(at, word);
   }
 
-  __device__ __forceinline__ void write_fp4(uint8* at, const Row& row) const {
+  static __device__ __forceinline__ void write_fp4(uint8* at, const Row& row) {
     uint32 word[(columns + 7) / 8] = {};
 #pragma unroll
     for (int i = 0; i < columns; ++i)
-      word[i / 8] |= encode_e2m1(row.x[i], p.ties_down) << 4 * (i % 8);
+      word[i / 8] |= encode_e2m1<C::ties_down>(row.x[i]) << 4 * (i % 8);
     store_bytes<columns / 2>(at, word);
   }
 

@@ -23,32 +23,39 @@ ROUNDINGS = ("once", "before_codes", "codes_from_bf16", "each_step")
 # row_plan.py computes those that are no argument.
 ROW_PARAMS = (
     "max_pos",
-    "rope_pairs",
     "cache_pages",
     "rows_per_page",
     "float eps",
-    "rounding",
-    "rotate",
-    "weight_is_bf16",
-    "latent_out_is_bf16",
-    "rows_out_is_bf16",
-    "code_bits",
-    "ties_down",
     "float largest",
-    "block_lanes",
-    "scale_code",
-    "pow2",
-    "floor_on_scale",
     "uint32 floor_bits",
-    "code_columns",
-    "code_bytes",
     "row_stride",
     "scale_start",
     "scale_stride",
-    "scale_count",
-    "scale_bytes",
 )
 
+# The constants for which a kernel is compiled, with those of format mixed_584 at head_dim 512.
+ROW_CONSTANTS: Mapping[str, int | bool] = {
+    "rounding": 0,  # place in ROUNDINGS
+    "rotate": False,
+    "weight_is_bf16": True,
+    "latent_out": 0,  # place in OUTPUTS
+    "rows_out": 0,
+    "codes_out": False,
+    "scales_out": False,
+    "rope_dim": 64,
+    "code_bits": 8,
+    "ties_down": False,
+    "block": 64,
+    "scale_code": 3,  # place in SCALE_CODES
+    "pow2": True,
+    "floor_on_scale": False,
+    "code_columns": 448,
+    "scale_bytes": 8,
+}
+# The same of an op that reduces the rows itself.
+FUSED_ROW_CONSTANTS: Mapping[str, int | bool] = {**ROW_CONSTANTS, "row_is_bf16": True}
+OUTPUTS = ("none", "bf16", "fp32")
+SCALE_CODES = ("none", "tensor", "fp32", "e8m0", "e4m3")
 
 # An op's Arguments inherits from these classes; the last one named comes first in its order.
 
@@ -168,6 +175,41 @@ def with_cache_output(launch: Launch, head_dim: int, tuning: Any) -> Launch:
     # device/cache_output.cuh has the same sum.
     shared_bytes = launch.shared_bytes + ROW_BUFFERS * 4 * head_dim + 16
     return replace(launch, cluster=cluster, shared_bytes=shared_bytes)
+
+
+def row_constants(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int | bool]:
+    """The constants of a call: ROW_CONSTANTS with its values."""
+    a, layout = arguments, layout_of(arguments, dimensions)
+    format = layout.format
+    return {
+        "rounding": ROUNDINGS.index(a.rounding),
+        "rotate": a.rotate,
+        "weight_is_bf16": a.weight.element_size() == 2,
+        "latent_out": _output(a.latent_out),
+        "rows_out": _output(a.rows_out),
+        "codes_out": a.codes_out is not None,
+        "scales_out": a.scales_out is not None,
+        "rope_dim": layout.rope_dim,
+        "code_bits": format.float_code.bits,
+        "ties_down": format.ties == "down",
+        "block": format.block,
+        "scale_code": SCALE_CODES.index(format.scale),
+        "pow2": format.rule == "pow2",
+        "floor_on_scale": format.floor_on == "scale",
+        "code_columns": layout.columns,
+        "scale_bytes": layout.scale_bytes,
+    }
+
+
+def fused_row_constants(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int | bool]:
+    """The same of an op that reduces the rows itself."""
+    row_is_bf16 = arguments.row_dtype == "bf16"
+    return {**row_constants(arguments, dimensions), "row_is_bf16": row_is_bf16}
+
+
+def _output(tensor: Any) -> int:
+    """The place in OUTPUTS of an optional output."""
+    return 0 if tensor is None else OUTPUTS.index("bf16" if tensor.element_size() == 2 else "fp32")
 
 
 def layout_of(arguments: Any, dimensions: Mapping[str, int]) -> PageLayout:

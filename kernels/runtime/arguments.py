@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold.codegen import Arguments, OpSpec, Problem, TableError, TensorArgument
+from kvfold.codegen.fields import Value
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -42,12 +43,14 @@ class Call:
         problem: what dispatch looks up.
         size: on the op's size axis.
         device: of all tensors.
+        constants: for which the op's kernel is compiled, beside its variant.
     """
 
     dimensions: Mapping[str, int]
     problem: Problem
     size: int
     device: torch.device
+    constants: tuple[tuple[str, Value], ...]
 
 
 def check(spec: OpSpec, arguments: Arguments) -> Call:
@@ -76,7 +79,22 @@ def check(spec: OpSpec, arguments: Arguments) -> Call:
         _check_strides(spec.name, one, tensor)
     _check_aliases(spec, arguments)
     device = given[0][1].device
-    return Call(dimensions, problem, dimensions[spec.size_dimension], device)
+    return Call(
+        dimensions,
+        problem,
+        dimensions[spec.size_dimension],
+        device,
+        constants_of(spec, arguments, dimensions),
+    )
+
+
+def constants_of(
+    spec: OpSpec, arguments: Arguments, dimensions: Mapping[str, int]
+) -> tuple[tuple[str, Value], ...]:
+    """The constants that the kernel of a call is compiled for, by name."""
+    if spec.specialise is None:
+        return ()
+    return tuple(sorted(spec.specialise(arguments, dimensions).items()))
 
 
 def check_tensors(spec: OpSpec, arguments: Arguments) -> None:

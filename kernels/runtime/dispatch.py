@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 
 from kvfold.codegen import Arguments, Problem, Table, Variant, load_table
+from kvfold.codegen.fields import Value
 from kvfold.runtime import compiler, driver, repeat
+from kvfold.runtime.arguments import constants_of, dimensions_of
 
 log = logging.getLogger("kvfold")
 
@@ -104,17 +106,38 @@ def bind(variant: Variant, device: torch.device) -> Launcher:
     """
     variant.check_arch(arch_of(device))
     if variant.backend == "cuda":
+        if variant.spec.specialise is not None and not variant.constants:
+            return functools.partial(_launch_specialised, variant, device)
         return driver.load(variant, device)
     module = importlib.import_module(f"kvfold.ops.{variant.op}.{variant.backend}_kernel")
     return functools.partial(module.launch, variant)
 
 
+def _launch_specialised(variant: Variant, device: torch.device, arguments: Arguments) -> None:
+    """Launches the variant's kernel for the constants of this call."""
+    spec = variant.spec
+    constants = constants_of(spec, arguments, dimensions_of(spec, arguments))
+    driver.load(variant.specialised(dict(constants)), device)(arguments)
+
+
 @functools.cache
-def launcher(problem: Problem, size: int, device: torch.device) -> Launcher:
-    """The function that solves a problem on a device. Raises as `select` does."""
+def launcher(
+    problem: Problem,
+    size: int,
+    device: torch.device,
+    constants: tuple[tuple[str, Value], ...] = (),
+) -> Launcher:
+    """The function that solves a problem on a device. Raises as `select` does.
+
+    Args:
+        constants: of the call, as Call has them.
+    """
     if backend_for(device.type) == "reference":
         return importlib.import_module(f"kvfold.ops.{problem.op}.reference").run
-    return bind(select(problem, size, device), device)
+    variant = select(problem, size, device)
+    if variant.backend == "cuda":
+        variant = variant.specialised(dict(constants))
+    return bind(variant, device)
 
 
 def reload() -> None:

@@ -103,7 +103,7 @@ class TorchOp:
         call = check(self.spec, arguments)
         if not call.size:
             return
-        launcher = dispatch.launcher(call.problem, call.size, call.device)
+        launcher = dispatch.launcher(call.problem, call.size, call.device, call.constants)
         with on_device(call.device):
             if isinstance(launcher, Kernel) and key is not None and self._may_remember(tensors):
                 launch = launcher.pack(arguments)

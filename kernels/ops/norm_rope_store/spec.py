@@ -10,12 +10,14 @@ from kvfold import codegen
 from kvfold.codegen import Launch, OpSpec, dtype, integer, scalar, tensor
 from kvfold.ops.row_spec import (
     HEAD_DIMS,
+    ROW_CONSTANTS,
     ROW_PARAMS,
     RowKeywords,
     RowOptions,
     RowScalars,
     RowTensors,
     layout_of,
+    row_constants,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ WARPS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Problem(codegen.Problem):
-    """What a kernel of norm_rope_store solves. One kernel serves every cache format."""
+    """What a kernel of norm_rope_store solves."""
 
     op: ClassVar[str] = "norm_rope_store"
 
@@ -104,4 +106,6 @@ SPEC = OpSpec(
     propose=propose,
     explain=explain,
     params=("num_rows", "prefetch", *ROW_PARAMS),
+    constants=ROW_CONSTANTS,
+    specialise=row_constants,
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvfold.codegen import Variant
 from kvfold.ops.decode_plan import decode_plan
 from kvfold.ops.paged_kv_compress_store.spec import Arguments
-from kvfold.ops.row_plan import fused_row_values
+from kvfold.ops.row_plan import row_values
 from kvfold.runtime.driver import GridPlan
 
 
@@ -17,4 +17,11 @@ def plan(
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
     plan = decode_plan(variant, arguments, dimensions)
-    return replace(plan, values={**plan.values, **fused_row_values(arguments, dimensions)})
+    return replace(
+        plan,
+        values={
+            **plan.values,
+            **row_values(arguments, dimensions),
+            "num_outputs": dimensions["num_rows"],
+        },
+    )

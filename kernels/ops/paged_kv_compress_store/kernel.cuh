@@ -9,7 +9,7 @@ namespace paged_kv_compress_store {
 
 template <class C>
 __device__ __forceinline__ void run(const Params& params) {
-  decode<C, CacheOutput<C>>(params);
+  decode<C, CacheOutput<C, false>>(params);
 }
 
 }  // namespace paged_kv_compress_store

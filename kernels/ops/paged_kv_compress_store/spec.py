@@ -17,12 +17,14 @@ from kvfold.ops.decode_spec import (
     propose_with_store,
 )
 from kvfold.ops.row_spec import (
+    FUSED_ROW_CONSTANTS,
     ROW_PARAMS,
     RowDtypeScalar,
     RowKeywords,
     RowOptions,
     RowScalars,
     RowTensors,
+    fused_row_constants,
     layout_of,
 )
 from kvfold.ops.state_spec import (
@@ -36,7 +38,7 @@ from kvfold.ops.state_spec import (
 
 @dataclass(frozen=True, kw_only=True)
 class Problem(DecodeProblem):
-    """What a kernel of paged_kv_compress_store solves. One kernel serves every cache format."""
+    """What a kernel of paged_kv_compress_store solves."""
 
     op: ClassVar[str] = "paged_kv_compress_store"
 
@@ -78,5 +80,7 @@ SPEC = OpSpec(
     propose=propose_with_store,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
-    params=(*DECODE_PARAMS, *ROW_PARAMS, "row_is_bf16"),
+    params=(*DECODE_PARAMS, *ROW_PARAMS),
+    constants=FUSED_ROW_CONSTANTS,
+    specialise=fused_row_constants,
 )

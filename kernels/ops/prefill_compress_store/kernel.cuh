@@ -9,7 +9,7 @@ namespace prefill_compress_store {
 
 template <class C>
 __device__ __forceinline__ void run(const Params& params) {
-  prefill<C, CacheOutput<C>>(params);
+  prefill<C, CacheOutput<C, true>>(params);
 }
 
 }  // namespace prefill_compress_store

@@ -18,12 +18,14 @@ from kvfold.ops.prefill_spec import (
     propose_with_store,
 )
 from kvfold.ops.row_spec import (
+    FUSED_ROW_CONSTANTS,
     ROW_PARAMS,
     RowDtypeScalar,
     RowKeywords,
     RowOptions,
     RowScalars,
     RowTensors,
+    fused_row_constants,
     layout_of,
 )
 from kvfold.ops.state_spec import (
@@ -36,7 +38,7 @@ from kvfold.ops.state_spec import (
 
 @dataclass(frozen=True, kw_only=True)
 class Problem(PrefillProblem):
-    """What a kernel of prefill_compress_store solves. One kernel serves every cache format."""
+    """What a kernel of prefill_compress_store solves."""
 
     op: ClassVar[str] = "prefill_compress_store"
 
@@ -78,5 +80,7 @@ SPEC = OpSpec(
     propose=propose_with_store,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
-    params=(*PREFILL_PARAMS, *ROW_PARAMS, "row_is_bf16"),
+    params=(*PREFILL_PARAMS, *ROW_PARAMS),
+    constants=FUSED_ROW_CONSTANTS,
+    specialise=fused_row_constants,
 )
