@@ -12,7 +12,7 @@ from kvfold.bench.measure import limit, runner, timing
 from kvfold.bench.records import KernelReport
 from kvfold.bench.tuning.report import TuneReport
 from kvfold.codegen import load_table
-from kvfold.ops.paged_kv_compress import workload
+from kvfold.ops import decode_workload
 from kvfold.ops.paged_kv_compress.spec import Problem
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
 from kvfold.runtime import dispatch
@@ -115,8 +115,8 @@ def test_a_triton_override():
 
 
 def test_the_tuner_times_candidates_and_writes_rows(tmp_path, monkeypatch, device):
-    monkeypatch.setattr(workload, "REDUCE_WARPS", (4, 8))
-    monkeypatch.setattr(workload, "HEAD_SLICES", (32, 64))
+    monkeypatch.setattr(decode_workload, "REDUCE_WARPS", (4, 8))
+    monkeypatch.setattr(decode_workload, "HEAD_SLICES", (32, 64))
     file, table = tmp_path / "times.json", tmp_path / "table.yaml"
     words = ["tune", OP, "head_dim=64", "next_n=1,2", "--batch", "1,32", "--mixture", "all-hit=1"]
     kvfold_command(*words, "--json", file, "--table", table)

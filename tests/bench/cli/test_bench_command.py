@@ -48,7 +48,7 @@ def test_bench_checks_every_problem_that_it_is_given(no_gpu):
 
 
 def test_bench_fails_when_the_op_is_wrong(no_gpu, monkeypatch):
-    monkeypatch.setattr(runner, "torch_op", lambda name: lambda *args: None)
+    monkeypatch.setattr(runner, "torch_op", lambda name: lambda *args, **kwargs: None)
     assert "the op is wrong at all-hit, size 1, head_dim 64" in refused(*QUICK, code=1)
 
 

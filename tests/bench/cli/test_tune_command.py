@@ -16,6 +16,7 @@ from kvfold.bench.tuning import gpu
 from kvfold.bench.tuning.report import TuneReport
 from kvfold.bench.tuning.table_file import MARKER
 from kvfold.codegen import Variant, load_table
+from kvfold.ops import decode_workload
 from kvfold.ops.paged_kv_compress import workload
 from kvfold.ops.paged_kv_compress.spec import Problem
 from kvfold.runtime import compiler, dispatch
@@ -74,8 +75,8 @@ def fake_tuner(monkeypatch):
     monkeypatch.setattr(gpu, "GpuTimer", Timer)
     monkeypatch.setattr(environment, "commit", lambda: None)
     monkeypatch.setattr(environment, "_output", lambda *command: None)
-    monkeypatch.setattr(workload, "REDUCE_WARPS", (4, 8))
-    monkeypatch.setattr(workload, "HEAD_SLICES", (16, 32, 64))
+    monkeypatch.setattr(decode_workload, "REDUCE_WARPS", (4, 8))
+    monkeypatch.setattr(decode_workload, "HEAD_SLICES", (16, 32, 64))
     return seen
 
 

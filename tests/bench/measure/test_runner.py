@@ -43,7 +43,7 @@ def test_a_plan_fills_in_defaults_and_goes_through_every_point():
         "all-hit, size 1, head_dim 128, compress_ratio 4, overlap true, kv_dtype bf16,"
         f" state_dtype fp32, next_n 4, ape_in_state true, {options[0]}"
     )
-    assert str(options[0]).startswith("page_size 8, layout split, output_dtype bf16")
+    assert str(options[0]).startswith("page_size 8, layout split, max_pages 0, output_dtype bf16")
     assert found.prefetch == PREFETCH and not found.baseline and found.override == {}
 
 
@@ -142,8 +142,8 @@ def test_the_check_on_a_cpu_passes_the_op_and_names_where_it_is_wrong(monkeypatc
     assert [one.rows for one in found] == [1, 3, 1, 3, 0, 0]
     assert all((one.largest_error > 0) == (one.rows > 0) for one in found)
 
-    def wrong(*args):
-        arguments = WORKLOAD.spec.arguments(*args)
+    def wrong(*args, **kwargs):
+        arguments = WORKLOAD.spec.arguments(*args, **kwargs)
         reference.run(arguments)
         arguments.output.zero_()
 

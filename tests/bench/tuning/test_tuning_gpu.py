@@ -12,6 +12,7 @@ from kvfold.bench.tuning import gpu, search
 from kvfold.bench.tuning.plan import TimePoint
 from kvfold.bench.tuning.plan import plan as make_plan
 from kvfold.codegen import Variant
+from kvfold.ops import decode_workload
 from kvfold.ops.paged_kv_compress import reference, workload
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
@@ -146,10 +147,10 @@ def test_cases_are_made_once_for_a_scenario_and_size(stand_in, monkeypatch):
 
 @pytest.fixture
 def few_candidates(monkeypatch):
-    monkeypatch.setattr(workload, "REDUCE_WARPS", (4, 8))
-    monkeypatch.setattr(workload, "HEAD_SLICES", (16, 32, 64))
-    monkeypatch.setattr(workload, "REQUESTS_PER_CTA", ())
-    monkeypatch.setattr(workload, "REGISTER_BUDGETS", (96,))
+    monkeypatch.setattr(decode_workload, "REDUCE_WARPS", (4, 8))
+    monkeypatch.setattr(decode_workload, "HEAD_SLICES", (16, 32, 64))
+    monkeypatch.setattr(decode_workload, "REQUESTS_PER_CTA", ())
+    monkeypatch.setattr(decode_workload, "REGISTER_BUDGETS", (96,))
 
 
 def test_a_run_compiles_all_and_times_those_that_do_not_spill(

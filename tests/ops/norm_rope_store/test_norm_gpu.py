@@ -33,8 +33,9 @@ import kvfold
 import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import Variant, load_table
 from kvfold.ops.norm_rope_store import reference
-from kvfold.ops.norm_rope_store.spec import WARPS, Problem, Tuning
+from kvfold.ops.norm_rope_store.spec import SPEC, WARPS, Problem, Tuning
 from kvfold.runtime import cubin_cache, dispatch, driver
+from kvfold.runtime.arguments import check
 
 pytestmark = pytest.mark.gpu
 
@@ -456,7 +457,8 @@ def test_a_repeated_call_with_memory_that_is_not_aligned_is_refused():
 def test_a_call_is_one_launch(monkeypatch):
     call = make(num_rows=100, outputs=ALL, device="cuda")
     run_op(call)
-    kernel = dispatch.launcher(call.problem, 100, call.rows.device)
+    constants = check(SPEC, call).constants
+    kernel = dispatch.launcher(call.problem, 100, call.rows.device, constants)
     assert isinstance(kernel, driver.Kernel)
     launches = []
     launch = kernel.cu_launch

@@ -13,7 +13,7 @@ from kvfold.bench.measure.runner import plan
 from kvfold.bench.records import KernelReport, load
 from kvfold.codegen import TableError, Variant, load_table
 from kvfold.codegen.gpu import SM_REGISTERS
-from kvfold.ops import state_oracle
+from kvfold.ops import decode_workload, state_oracle
 from kvfold.ops.paged_kv_compress import workload
 from kvfold.ops.paged_kv_compress.spec import Problem, Tuning, items_at_once
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD, Options
@@ -214,7 +214,7 @@ def test_moved_bytes_are_what_a_count_of_every_element_gives(scenario, one):
 
 def test_an_overlapping_window_at_the_start_has_no_window_before_it():
     one = problem(head_dim=8, compress_ratio=4, next_n=1)
-    moved = workload.must_move(np.array([3]), np.array([1]), one, output_bytes=2)
+    moved = decode_workload.must_move(np.array([3]), np.array([1]), one, output_bytes=2)
     assert moved == 2 * 16 * (2 + 4) + 16 * 4 + 3 * 2 * 8 * 4 + 8 * 2
 
 
@@ -253,7 +253,7 @@ PRODUCTION = Problem.of(WORKLOAD.defaults)
 
 
 def candidates(one: Problem, backend: str = "cuda", arch: str = "sm_90") -> list[Tuning]:
-    return list(workload.candidates(one, backend, arch))
+    return list(WORKLOAD.search.candidates(one, backend, arch))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])

@@ -9,7 +9,7 @@ import kvfold
 from kvfold.bench.measure.runner import plan
 from kvfold.codegen import TableError, Variant, load_table
 from kvfold.codegen.gpu import SM_REGISTERS, SM_THREADS
-from kvfold.ops import state_oracle
+from kvfold.ops import prefill_workload, state_oracle
 from kvfold.ops.prefill_compress import workload
 from kvfold.ops.prefill_compress.spec import Problem, Tuning
 from kvfold.ops.prefill_compress.workload import WORKLOAD, Options
@@ -149,7 +149,7 @@ def test_there_are_the_pages_of_rows_that_are_stored_or_read_and_no_others(scena
     for request, (start, end) in enumerate(spans(case)):
         needed = {
             p for p in range(start, end)
-            if workload.is_stored(start, end, p, one, Options(**options))
+            if prefill_workload.is_stored(start, end, p, one, Options(**options))
         }  # fmt: skip
         needed |= set(range(max(0, (start // ratio - overlap) * ratio), start))
         pages = {p // 3 for p in needed}
@@ -164,9 +164,9 @@ def test_there_are_the_pages_of_rows_that_are_stored_or_read_and_no_others(scena
 def test_the_mask_of_stored_rows_is_the_contracts(options, one):
     chosen = Options(**options)
     for start, new in itertools.product((0, 3, 11, 40), (1, 2, 17, 33)):
-        mask = workload.stored_mask(start, new, one, chosen)
+        mask = prefill_workload.stored_mask(start, new, one, chosen)
         words = [
-            workload.is_stored(start, start + new, p, one, chosen)
+            prefill_workload.is_stored(start, start + new, p, one, chosen)
             for p in range(start, start + new)
         ]
         assert mask.tolist() == words
@@ -183,7 +183,7 @@ def brute_bytes(case: Case, one: Problem, options: Options) -> int:
     for b, (start, end) in enumerate(spans(case)):
         for p, pool, c in itertools.product(range(start, end), (0, 1), range(state_dim)):
             touched["read", b, p, pool, c] = a.kv_score.element_size()
-            if workload.is_stored(start, end, p, one, options):
+            if prefill_workload.is_stored(start, end, p, one, options):
                 touched["store", b, p, pool, c] = a.paged_kv.element_size()
             if one.ape_in_state:
                 touched["ape", p % ratio, c] = 4
@@ -233,7 +233,7 @@ def test_expected_is_the_oracles_and_changes_no_argument(options, tokens):
         )
     assert found.keys() == WORKLOAD.tolerances.keys() == set(WRITTEN)
     oracle = state_oracle.expected(
-        case.arguments, None, lambda s, end, p: workload.is_stored(s, end, p, one, chosen)
+        case.arguments, None, lambda s, end, p: prefill_workload.is_stored(s, end, p, one, chosen)
     )
     for name, want in oracle.items():
         torch.testing.assert_close(
