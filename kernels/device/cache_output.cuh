@@ -19,6 +19,7 @@ struct CacheOutput {
   using Row = WarpRow<C::head_dim>;
   static_assert(C::cluster == WindowShape<C>::slices);
 
+  static constexpr bool early = true;
   static constexpr int warps = C::threads / 32;
   // Row k may be written while row k - 3 is read: its reader arrives for row k - 2 before it reads.
   static constexpr int buffers = 4;

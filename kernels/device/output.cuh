@@ -2,6 +2,7 @@
 //
 // An Output has these members; device/cache_output.cuh has them too. Threads of the CTA call them
 // together but for the two that write.
+//   early                                whether expect() does anything
 //   expect(row)                          some time before the row is written
 //   begin_row()                          before the columns of a row are written
 //   write_columns(row, column, result)   N neighbouring columns of one thread
@@ -17,6 +18,7 @@
 template <class C>
 struct RowOutput {
   static constexpr int shared_bytes = 0;
+  static constexpr bool early = false;
 
   const typename C::Params& p;
 

@@ -17,17 +17,21 @@ struct RequestWindows {
   HeldRows<C>& held;
   uint4* shared;
   Output& output;
-  const int2 reserved;  // output_rows(), loaded with the request's lengths, so that no one waits for it
+  const int2 early_rows;  // output_rows(), loaded with the request's lengths
 
-  // The output row of window number `i` of those that close, and whether it is reserved and exists.
-  __device__ __forceinline__ int64 row_of(int i) const { return int64(reserved.x) + i; }
-  __device__ __forceinline__ bool writes(int i) const {
-    return row_of(i) >= 0 && row_of(i) < reserved.y;
+  // An Output that needs the row's number before the window's rows has it early. For others that would
+  // cost registers.
+  __device__ __forceinline__ int2 reserved() const {
+    if constexpr (Output::early) return early_rows;
+    else return output_rows(p, request.index);
   }
 
   // Before the rows of window number `i` are fetched.
   __device__ __forceinline__ void begin(int i) const {
-    if (writes(i)) output.expect(row_of(i));
+    if constexpr (Output::early) {
+      const int64 row = int64(early_rows.x) + i;
+      if (row >= 0 && row < early_rows.y) output.expect(row);
+    }
   }
 
   __device__ __forceinline__ LeafFetch<C> fetch(int window, int leaf) const {
@@ -57,16 +61,18 @@ struct RequestWindows {
 
   // Writes window number `i` of those that close. All threads of the CTA take part.
   __device__ __forceinline__ void write(int i, const Result& result) const {
-    const int64 row = row_of(i);
+    const int2 rows = reserved();
+    const int64 row = int64(rows.x) + i;
+    const bool writes = row >= 0 && row < rows.y;
     if constexpr (C::reduce_warps == 1) {
-      if (!writes(i)) return;
+      if (!writes) return;
       output.begin_row();
       if (part.group == 0) output.write_columns(row, part.column, result);
     } else {
       const WarpPartials<C> partials{reinterpret_cast<float*>(shared)};
       partials.put(part, result);
       __syncthreads();
-      if (!writes(i)) return;
+      if (!writes) return;
       output.begin_row();
       const int first_column = part.column - part.lane_column;
       for (int local = threadIdx.x; local < C::head_slice; local += C::threads)
