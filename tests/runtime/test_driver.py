@@ -224,7 +224,6 @@ def test_a_tensor_that_is_absent_has_a_null_pointer_and_strides_of_0():
         assert getattr(params, name) is None  # as ctypes has a null pointer
     for name in ("latent_out", "rows_out", "codes_out", "scales_out"):
         assert getattr(params, f"{name}_stride") == 0
-    assert (params.latent_out_is_bf16, params.rows_out_is_bf16) == (0, 0)
 
 
 def test_a_tensor_that_is_there_has_its_pointer_and_strides():
@@ -239,7 +238,6 @@ def test_a_tensor_that_is_there_has_its_pointer_and_strides():
     assert (params.rows_out, params.scales_out) == (None, None)
     strides = [params.latent_out_stride, params.rows_out_stride, params.codes_out_stride]
     assert strides == [520, 0, 580]
-    assert (params.latent_out_is_bf16, params.rows_out_is_bf16) == (1, 0)
     # The members that follow the strides are where they belong.
     assert (params.num_rows, params.rows_per_page) == (5, 4)
     other = torch.zeros(5, 580, dtype=torch.uint8)[:, :576]
@@ -256,36 +254,28 @@ def test_a_tensor_of_any_strides_has_all_of_them_in_the_parameters():
     assert (params.rope_position_stride, params.rope_part_stride, params.rope_pair_stride) == (
         64, 32, 1,
     )  # fmt: skip
-    assert (params.max_pos, params.rope_pairs) == (9, 32)
+    assert params.max_pos == 9
 
 
-def test_floats_words_and_bools_are_in_the_parameters():
-    arguments = norm_arguments(eps=0.1, rounding="each_step", rotate=True)
-    _, params = launched(arguments)
-    assert params.eps == ctypes.c_float(0.1).value != 0.1
-    assert (params.rounding, params.rotate, params.prefetch) == (3, 1, 0)
-    assert params.largest == 448.0
-    _, params = launched(norm_arguments(eps=0.0, prefetch="state"))
-    assert (params.eps, params.rounding, params.rotate, params.prefetch) == (0.0, 0, 0, 2)
+@pytest.mark.parametrize("eps", [0.0, 0.1, 1e-6, 1e-45, 3.4e38])
+def test_a_float_is_in_the_parameters_as_fp32(eps):
+    _, params = launched(norm_arguments(eps=eps, prefetch="state"))
+    assert params.eps == ctypes.c_float(eps).value
+    assert (params.largest, params.prefetch) == (448.0, 2)
 
 
 @pytest.mark.parametrize("name", load_table().formats)
-def test_the_parameters_describe_the_format(name):
+def test_the_parameters_say_where_the_bytes_of_a_format_are(name):
     format = load_table().formats[name]
     layout = format.layout(512, 64, 4)
-    cache = torch.zeros(3, layout.page_bytes, dtype=torch.uint8)
+    cache = torch.zeros(3, layout.page_bytes + 4, dtype=torch.uint8)
     _, params = launched(norm_arguments(format=name, cache=cache))
-    assert params.code_bits == {"bf16": 16, "fp32": 32, "fp8_e4m3": 8, "fp4_e2m1": 4}[format.code]
-    assert params.scale_code == ["none", "tensor", "fp32", "e8m0", "e4m3"].index(format.scale)
-    assert params.block_lanes * 16 == format.block  # a lane of a warp has 16 of 512 columns
-    assert (params.ties_down, params.pow2) == (format.ties == "down", format.rule == "pow2")
-    assert params.floor_on_scale == (format.floor_on == "scale")
+    largest = {"fp8_e4m3": 448.0, "fp4_e2m1": 6.0}
+    assert format.code not in largest or params.largest == largest[format.code]
     floor = ctypes.c_float.from_buffer_copy(ctypes.c_uint32(params.floor_bits))
     assert floor.value == ctypes.c_float(format.floor).value
-    columns = 448 if format.rope == "bf16" else 512
-    assert params.code_columns == columns
-    assert params.code_bytes == columns * params.code_bits // 8
     assert params.row_stride == layout.data_offset(1) - layout.data_offset(0)
     assert params.scale_start == layout.scale_offset(0)
     assert params.scale_stride == layout.scale_offset(1) - layout.scale_offset(0)
-    assert (params.scale_count, params.scale_bytes) == (layout.scale_count, layout.scale_bytes)
+    assert (params.cache_stride, params.cache_pages) == (layout.page_bytes + 4, 3)
+    assert (params.rows_per_page, params.num_rows) == (4, 5)
