@@ -84,7 +84,7 @@ def assert_all_store(variants: list[Variant], call: Call, what: str = "") -> Non
 
 
 def kernel_fields(name: str, rounding: str, rotate: bool, head_dim: int) -> dict:
-    """Fields of `make` for which one kernel is compiled; dtypes, outputs and rope_dim take turns."""
+    """Fields of `make` for which one kernel is compiled; dtypes and rope_dim take turns."""
     seed = zlib.crc32(f"{name} {rounding} {rotate}".encode()) + HEAD_DIMS.index(head_dim)
     legal = [r for r in (0, 2, 64, 126, 128, head_dim) if fits(FORMATS[name], head_dim, r)]
     return {
