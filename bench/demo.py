@@ -4,7 +4,8 @@ Requests come and go. All prompts of a step are prefilled in one call. It writes
 the state, and some of a prompt's last tokens are rejected afterwards. Each decode step drafts
 tokens, stores and compresses them, and accepts a random number of the drafts. The others are rolled
 back. The simulator keeps the history of every request and computes each compressed row from it in
-float64.
+float64. Compressed rows go on to a cache, all bytes of which are compared with those that the
+reference makes.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kvfold
+from kvfold.bench.demo_cache import CompressedCache
 from kvfold.bench.measure.verify import outside
 from kvfold.codegen import Problem, op_spec
 from kvfold.ops.paged_kv_compress.workload import WORKLOAD
@@ -38,7 +40,8 @@ class Summary:
         prompt_tokens: prefilled.
         rows: output rows emitted and checked, by either op.
         recomputed: those whose window had closed before, on tokens that were then rejected.
-        wrong: rows that are out of tolerance, missing, or written though no window closed.
+        wrong: rows that are out of tolerance, missing, or written though no window closed, and
+            rows with a wrong byte in the cache.
         first_wrong: where the first of them is; None if there is none.
         largest_error: largest |row - float64|.
         replayed: steps that were one launch of a CUDA graph.
@@ -90,7 +93,7 @@ def run(
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    slots, head_dim = (64, 512) if on_gpu else (32, 128)
+    slots, head_dim = (64, 512) if on_gpu else (16, 512)
     requests = Requests(slots, np.random.default_rng(seed))
     layers = [Layer(head_dim, ratio, slots, device, seed) for ratio in COMPRESS_RATIOS]
     parameters = [{"ape": layer.ape.cpu()} for layer in layers]
@@ -227,7 +230,11 @@ class Layer:
         self.kv_score = torch.zeros(
             slots * NEXT_N, 2 * state_dim, dtype=torch.bfloat16, device=device
         )
-        self.output = torch.zeros(slots * self._windows(NEXT_N), head_dim, device=device)
+        rows = slots * self._windows(NEXT_N)
+        self.output = torch.zeros(rows, head_dim, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.cache = CompressedCache(head_dim, compress_ratio, slots, MAX_LENGTH, device, seed)
 
     def prefill(self, prompts: Step, summary: Summary) -> None:
         """Runs the prompts of requests that start, and checks their rows.
@@ -259,6 +266,11 @@ class Layer:
             write_state="tail",
             max_rollback=NEXT_N,
         )
+        positions, slots = (
+            torch.zeros(rows, dtype=dtype, device=self.device)
+            for dtype in (torch.int32, torch.int64)
+        )
+        self.cache.store(output, positions, slots, metadata)
         if tokens := int(prompts.new.sum()):
             summary.variants.add(self._variant(self.prefill_problem, tokens))
         self._check(prompts, output, summary)
@@ -294,6 +306,11 @@ class Layer:
             self.ratio,
             NEXT_N,
         )
+        rows = size * self._windows(NEXT_N)
+        names = ("kv_lens", "cu_seq_lens", "cu_outputs", "block_table_cache")
+        metadata = {name: inputs[f"{name}_{self.ratio}"] for name in names}
+        output, positions, slots = self._output(size), self.positions[:rows], self.slots[:rows]
+        self.cache.store(output, positions, slots, metadata, NEXT_N)
 
     def check(self, step: Step, summary: Summary) -> None:
         """Compares the rows of a decode step with the history."""
@@ -310,6 +327,9 @@ class Layer:
         want = torch.full(output.shape, torch.nan, dtype=torch.float64, device=self.device)
         want[self._index(row)] = self._expected(slot, window)
         wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
+        wrong[self._index(row)] |= self._index(
+            self.cache.wrong_rows(output[self._index(row)], slot, window)
+        )[:, None].bool()
 
         summary.rows += len(row)
         summary.recomputed += int((window < self.closed[slot]).sum())
@@ -340,6 +360,7 @@ class Layer:
         arrays = {
             "block_table_kv": self.pages[0].table[step.slot],
             "block_table_score": self.pages[1].table[step.slot],
+            "block_table_cache": self.cache.table[step.slot],
             "kv_lens": step.end,
             "cu_seq_lens": np.append(0, step.new.cumsum()),
             "cu_outputs": self._cu_outputs(step),

@@ -5,6 +5,7 @@ import pytest
 
 import kvfold
 from kvfold.bench import demo
+from kvfold.ops.norm_rope_store.op import norm_rope_store
 from kvfold.ops.paged_kv_compress import reference
 from kvfold.ops.paged_kv_compress.spec import Arguments
 from kvfold.ops.prefill_compress import reference as prefill_reference
@@ -93,6 +94,29 @@ def test_a_broken_prefill_is_found(monkeypatch, op):
     done = demo.run(30)
     assert done.wrong > 0
     assert "request" in done.first_wrong and "ratio" in done.first_wrong
+
+
+def nowhere(*args, **kwargs):
+    """Stores no row, or locates none."""
+
+
+def in_another_place(*args):
+    """Stores every row one place further."""
+    args[4].add_(1)
+    norm_rope_store(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("norm_rope_store", nowhere),
+        ("norm_rope_store", in_another_place),
+        ("locate_rows", nowhere),
+    ],
+)
+def test_a_broken_store_is_found(monkeypatch, name, op):
+    monkeypatch.setattr(kvfold, name, op)
+    assert demo.run(10).wrong > 0
 
 
 def test_a_prompt_stores_only_its_tail(monkeypatch):

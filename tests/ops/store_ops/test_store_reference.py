@@ -1,7 +1,6 @@
 """The ops on a CPU: the bits of a state op and of norm_rope_store, and what must not change."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from numerics import assert_same_bits
 from store_calls import (
     ALL_OUTPUTS,
-    CALLS,
     DECODE,
     FLOATS,
     HEAD_DIMS,
@@ -36,6 +34,7 @@ from store_calls import (
     ways,
     with_scalars,
 )
+from store_feed import Feed
 
 from kvfold.codegen import load_table
 from kvfold.runtime.arguments import DTYPES
@@ -299,61 +298,6 @@ def test_the_memory_of_the_cache_changes_no_byte(op):
 
 
 # ---- runs of several calls -----------------------------------------------------------------------
-
-
-class Feed:
-    """Requests that are fed their tokens in several calls, from an empty state full of NaN."""
-
-    def __init__(self, lengths: Sequence[int], **fields) -> None:
-        whole = make(PREFILL, [(0, length) for length in lengths], **fields)
-        for name in STATE:
-            getattr(whole, name).fill_(torch.nan)
-        self.whole = whole
-        self.length = np.zeros(len(lengths), np.int64)
-        self.first_token = whole.cu_seq_lens.numpy()[:-1].astype(np.int64)
-        self.first_row = whole.cu_outputs.numpy()[:-1].astype(np.int64)
-
-    @property
-    def left(self) -> np.ndarray:
-        """Tokens that each request has not been fed."""
-        return np.diff(self.whole.cu_seq_lens.numpy()) - self.length
-
-    def feed(self, op: str, new: Sequence[int], rejected: Sequence[int] = (), **scalars) -> None:
-        """Feeds each request so many tokens, of which the last `rejected` are wrong ones."""
-        whole, ratio = self.whole, self.whole.compress_ratio
-        new = np.minimum(new, self.left)
-        rejected = np.minimum(np.resize(rejected or [0], len(new)), new)
-        tokens = [
-            np.arange(start, start + n)
-            for start, n in zip(self.first_token + self.length, new, strict=True)
-        ]
-        first = self.first_row + self.length // ratio
-        closed = (self.length + new) // ratio - self.length // ratio
-        rows = [np.arange(start, start + n) for start, n in zip(first, closed, strict=True)]
-        kv_score = whole.kv_score[torch.from_numpy(np.concatenate(tokens))]
-        cu_seq_lens = np.concatenate(([0], new.cumsum()))
-        for end, wrong in zip(cu_seq_lens[1:], rejected, strict=True):
-            kv_score[end - wrong : end] = 7
-        at = torch.from_numpy(np.concatenate(rows))
-        fields = {one.name: getattr(whole, one.name) for one in CALLS[PREFILL].declared()}
-        fields |= {
-            "kv_score": kv_score,
-            "kv_lens": _int32(self.length + new),
-            "cu_seq_lens": _int32(cu_seq_lens),
-            "cu_outputs": _int32(np.concatenate(([0], closed.cumsum()))),
-            "positions": whole.positions[at],
-            "slots": whole.slots[at],
-            **scalars,
-        }
-        if op == DECODE:
-            fields |= {"next_n": 8}
-            fields = {one.name: fields[one.name] for one in CALLS[DECODE].declared()}
-        run_op(CALLS[op](**fields))
-        self.length += new - rejected
-
-
-def _int32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))
 
 
 RUNS = {
