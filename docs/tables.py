@@ -12,7 +12,7 @@ from typing import Any
 
 from kvfold.bench.plot import plot_kernels
 from kvfold.bench.records import KernelReport, KernelRow, StepReport, load
-from kvfold.codegen import load_table, op_spec
+from kvfold.codegen import Variant, load_table, op_spec, op_specs
 from kvfold.codegen.documentation import (
     argument_rows,
     field_rows,
@@ -20,6 +20,7 @@ from kvfold.codegen.documentation import (
     markdown,
     page_picture,
 )
+from kvfold.codegen.spec import BACKENDS
 from kvfold.codegen.table import row_text
 from kvfold.workload import workload
 
@@ -107,6 +108,36 @@ def format_fields() -> str:
     """The table of the fields of a cache format."""
     rows = ([f"`{name}`", *rest] for name, _, *rest in format_field_rows())
     return markdown(("field", "legal", "default", "meaning"), rows)
+
+
+def supported() -> str:
+    """What the shipped table serves, by op and backend."""
+    table, lines = load_table(), []
+    for name, spec in op_specs().items():
+        stores_rows = any(one.name == "format" for one in spec.arguments.declared_scalars())
+        formats = f"all {len(table.formats)}" if stores_rows else ""
+        cells = [_served([v for v in table.variants if v.op == name], b) for b in BACKENDS]
+        lines.append([f"`{name}`", *cells, "any ratio", formats])
+    heads = ("op", "CUDA", "Triton", "reference", "cache formats")
+    return markdown(heads, lines)
+
+
+def _served(variants: Sequence[Variant], backend: str) -> str:
+    """The ratios, each with its head_dims, that variants of a backend serve."""
+    found: dict[str, set[int]] = {}
+    for one in variants:
+        if one.backend == backend:
+            fields = one.problem.values()
+            ratio = (
+                f"ratio {fields['compress_ratio']}" if "compress_ratio" in fields else "any ratio"
+            )
+            found.setdefault(ratio, set()).update(
+                {fields["head_dim"]} if "head_dim" in fields else ()
+            )
+    return "; ".join(
+        ratio + (f": head_dim {', '.join(map(str, sorted(dims)))}" if dims else "")
+        for ratio, dims in sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+    )
 
 
 def cache_formats() -> str:
@@ -494,6 +525,7 @@ def step() -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "arguments": arguments,
+    "supported": supported,
     "fields": fields,
     "format-fields": format_fields,
     "formats": cache_formats,

@@ -45,7 +45,6 @@ PREFETCH = ("none", "metadata", "state")
 ALL = {"latent_out": "fp32", "rows_out": "bf16", "codes_out": "", "scales_out": ""}
 SWAPPED = ALL | {"latent_out": "bf16", "rows_out": "fp32"}
 
-each_format = pytest.mark.parametrize("name", FORMATS)
 each_way = pytest.mark.parametrize(("name", "rounding", "rotate"), EVERY_WAY)
 
 
