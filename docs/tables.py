@@ -123,20 +123,19 @@ def supported() -> str:
 
 
 def _served(variants: Sequence[Variant], backend: str) -> str:
-    """The ratios, each with its head_dims, that variants of a backend serve."""
-    found: dict[str, set[int]] = {}
+    """The ratios and the head_dims that variants of a backend serve."""
+    head_dims: dict[int, set[int]] = {}  # by ratio; 0: any
     for one in variants:
         if one.backend == backend:
             fields = one.problem.values()
-            ratio = (
-                f"ratio {fields['compress_ratio']}" if "compress_ratio" in fields else "any ratio"
-            )
-            found.setdefault(ratio, set()).update(
-                {fields["head_dim"]} if "head_dim" in fields else ()
-            )
+            dims = head_dims.setdefault(fields.get("compress_ratio", 0), set())
+            dims |= {fields["head_dim"]} if "head_dim" in fields else set()
+    ratios: dict[tuple[int, ...], list[str]] = {}
+    for ratio, dims in sorted(head_dims.items()):
+        ratios.setdefault(tuple(sorted(dims)), []).append(str(ratio or "any"))
     return "; ".join(
-        ratio + (f": head_dim {', '.join(map(str, sorted(dims)))}" if dims else "")
-        for ratio, dims in sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+        f"ratio {', '.join(found)}" + (f", head_dim {', '.join(map(str, dims))}" if dims else "")
+        for dims, found in ratios.items()
     )
 
 

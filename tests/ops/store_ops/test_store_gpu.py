@@ -18,9 +18,9 @@ from store_calls import (
     STATE,
     WORK,
     StoreCall,
-    assert_is,
     assert_stores,
     by_two_ops,
+    by_variant,
     make,
     run_op,
     run_variant,
@@ -30,7 +30,6 @@ from store_calls import (
 )
 from store_feed import Feed
 
-import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import Problem, Variant, load_table, op_spec
 from kvfold.runtime import cubin_cache, dispatch, driver
 from kvfold.runtime.arguments import check
@@ -81,7 +80,9 @@ WAYS: dict[Problem, dict[str, Any]] = {
     problem(PREFILL, 512, 2, "bf16", "bf16"): {"format": "fp8_528", "rope_dim": 128},
 }  # fmt: skip
 PROBLEMS = list(WAYS)
-OF_MODELS = [one for one in PROBLEMS if (one.head_dim, one.compress_ratio) in ((512, 128), (512, 4))]
+OF_MODELS = [
+    one for one in PROBLEMS if (one.head_dim, one.compress_ratio) in ((512, 128), (512, 4))
+]
 
 
 def name_of(one: Problem) -> str:
@@ -301,53 +302,130 @@ def test_repeated_calls_with_other_outputs_dtypes_and_formats_are_told_apart():
 # ---- The kernel before ---------------------------------------------------------------------------
 
 
-def chain(one: Problem, prefetch: str, layers: int = 4) -> list[torch.Tensor]:
-    """Calls in one captured graph, on `layers` states and caches with common metadata.
+def chain(one: Problem, prefetch: str, written: tuple[str, ...], captured: bool) -> list:
+    """Calls in a row on states and caches of their own, with inputs that kernels write before each.
 
-    Kernels right before each call compute the call's new tokens, the weight and the RoPE table.
-    With prefetch 'none' they write positions and slots, too.
+    Args:
+        written: arguments that are written right before each call; another one is the last in each.
+        captured: in a CUDA graph; otherwise the host waits for each call.
 
     Returns:
         the caches after each step, and the states at the end.
     """
-    made = [call_of(one, seed=seed, skipped=0.0) for seed in range(layers)]
-    first = made[0]
-    metadata = {
-        name: getattr(first, name)
-        for name in ("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_outputs")
+    torch.manual_seed(0)
+    made = [call_of(one, seed=seed, skipped=0.0) for seed in range(5)]
+    names = [tensor.name for tensor in type(made[0]).declared_tensors() if not tensor.mutated]
+    shared = {name: getattr(made[0], name) for name in names}
+    shared |= {name: shared[name].clone() for name in written}
+    calls = [replace(call, **shared, prefetch=prefetch) for call in made]
+    hidden = torch.randn(shared["kv_score"].size(0), 64, device="cuda")
+    weights = torch.randn(len(calls), 64, shared["kv_score"].size(1), device="cuda")
+    sources = {
+        name: [getattr(made[0], name).roll(layer, 0) for layer in range(len(calls))]
+        for name in written
     }
-    inputs = {
-        name: torch.empty_like(getattr(first, name))
-        for name in ("kv_score", "weight", "rope_table", "positions", "slots")
-    }
-    early = ("positions", "slots")
-    calls = [replace(call, **metadata, **inputs, prefetch=prefetch) for call in made]
-    hidden = torch.randn(first.kv_score.size(0), 64, device="cuda")
-    weights = torch.randn(layers, 64, first.kv_score.size(1), device="cuda")
-    rolled = [
-        {name: getattr(first, name).roll(layer, 0) for name in early} for layer in range(layers)
-    ]
-    if prefetch != "none":  # the same for all layers, and written long before
-        rolled = rolled[:1] * layers
 
-    def step():
+    def step() -> None:
         for layer, call in enumerate(calls):
-            for name in early if prefetch == "none" else ():
-                inputs[name].copy_(rolled[layer][name])
-            for name in ("weight", "rope_table"):
-                inputs[name].copy_(getattr(made[layer], name) * hidden[0, 0].to(torch.float32))
-            inputs["kv_score"].copy_(hidden @ weights[layer])
+            for name in (*written[layer % len(written) :], *written[: layer % len(written)]):
+                if name == "kv_score":
+                    shared[name].copy_(hidden @ weights[layer])
+                else:
+                    shared[name].copy_(sources[name][layer])
             run_op(call)
+            if not captured:
+                torch.cuda.synchronize()
 
-    for name in early:
-        inputs[name].copy_(rolled[0][name])
     step()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    if captured:
+        with torch.cuda.graph(graph):
+            step()
     caches = []
     for _ in range(6):
         hidden.copy_(torch.randn_like(hidden))
-        graph.replay()
+        graph.replay() if captured else step()
         caches += [call.cache.clone() for call in calls]
     return [*caches, *(getattr(call, name) for call in calls for name in STATE)]
+
+
+FLOAT_INPUTS = ("weight", "rope_table", "kv_score")
+WRITTEN = {
+    "none": (*FLOAT_INPUTS, "positions", "slots", "kv_lens"),
+    "metadata": FLOAT_INPUTS,
+    "state": FLOAT_INPUTS,
+}
+
+
+@of_models
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_what_the_kernel_before_writes_is_read_after_it(one, prefetch):
+    captured, apart = (chain(one, prefetch, WRITTEN[prefetch], how) for how in (True, False))
+    assert not torch.equal(captured[0], captured[5])  # the first layer's, a step later
+    for mine, wanted in zip(captured, apart, strict=True):
+        if mine.is_floating_point():
+            assert_same_bits(mine, wanted)
+        else:
+            assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "metadata"])
+@pytest.mark.parametrize(("ratio", "format"), [(128, "mixed_584"), (4, "mixed_584")])
+def test_calls_in_a_row_on_one_state_and_cache_see_each_other(ratio, format, prefetch):
+    """Each call overlaps the one before it, whose rows of state it reads, and must still wait."""
+    fields = {
+        "compress_ratio": ratio, "head_dim": 512, "format": format, "page_size": 16,
+        "rows_per_page": 64, "device": "cuda",
+    }  # fmt: skip
+    lengths = [2 * ratio + 70 - b for b in range(20)]
+    whole, parts = Feed(lengths, **fields), Feed(lengths, **fields)
+    whole.feed(PREFILL, whole.left)
+    calls = [parts.next_call(PREFILL, np.full(20, ratio + 3), prefetch=prefetch)]
+    sizes = itertools.cycle((1, 4, 2, 3))
+    while parts.left.any():
+        calls.append(parts.next_call(DECODE, np.full(20, next(sizes)), next_n=4, prefetch=prefetch))
+
+    def run_all() -> None:
+        for call in calls:
+            run_op(call)
+
+    before = parts.whole.cache.clone()
+    run_all()
+    assert torch.equal(parts.whole.cache, whole.whole.cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_all()
+    for _ in range(5):
+        parts.whole.cache.copy_(before)
+        for name in STATE:
+            getattr(parts.whole, name).fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(parts.whole.cache, whole.whole.cache)
+        for name in STATE:
+            assert_same_bits(getattr(parts.whole, name), getattr(whole.whole, name), name)
+
+
+# ---- torch.library and torch.compile -------------------------------------------------------------
+
+
+@BOTH_OPS
+def test_opcheck(op):
+    one = next(p for p in OF_MODELS if p.op == op and p.compress_ratio == 4)
+    args, kwargs = call_of(one).args_and_kwargs()
+    torch.library.opcheck(getattr(torch.ops.kvfold, op).default, args, kwargs)
+
+
+@BOTH_OPS
+def test_triton_serves_where_it_is_forced(op, monkeypatch):
+    one = next(p for p in OF_MODELS if p.op == op and p.compress_ratio == 4)
+    monkeypatch.setenv("KVFOLD_BACKEND", "triton")
+    dispatch.reload()
+    try:
+        call = call_of(one)
+        size = len(call.kv_lens) if op == DECODE else len(call.kv_score)
+        variant = dispatch.select(one, size, call.ape.device)
+        assert variant.backend == "triton"
+        assert_stores(run_op, call, by_variant(variant, call))
+    finally:
+        monkeypatch.undo()
+        dispatch.reload()
