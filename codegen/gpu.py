@@ -7,6 +7,7 @@ from typing import Any
 from .errors import TableError
 
 MAX_THREADS = 1024  # per CTA
+FIRST_WITH_CLUSTERS = "sm_90"
 MAX_CLUSTER = 8  # CTAs of a cluster, that every architecture with clusters has
 SM_THREADS = 1536  # per SM, that every architecture has
 SM_REGISTERS = 65536  # per SM, likewise

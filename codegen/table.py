@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from .errors import TableError
 from .fields import POSITIVE, check_names, check_value
 from .formats import CacheFormat
-from .gpu import check_arch
+from .gpu import FIRST_WITH_CLUSTERS, check_arch
 from .reading import Contents, FormatEntry, Row, place, read
 from .spec import BACKENDS, OpSpec, Problem, op_spec
 from .variant import Bucket, Group, Variant
@@ -127,7 +127,7 @@ class Table:
         raise TableError(
             f"{problem.op} has no {backend} row for arch {arch} and this problem; add to"
             f" {problem.op} in the table, or in a copy of it that KVFOLD_CONFIG names:\n"
-            f"  - {_row_to_add(problem, backend)}"
+            f"  - {_row_to_add(problem, backend, arch)}"
         )
 
 
@@ -295,12 +295,15 @@ def _check_symbols(buckets: tuple[Bucket, ...]) -> None:
             )
 
 
-def _row_to_add(problem: Problem, backend: str) -> str:
-    """A row for the problem that is legal on every arch, to start tuning from."""
-    for tuning in op_spec(problem.op).propose(problem, backend):
-        with suppress(TableError):
-            Variant(problem=problem, backend=backend, tuning=tuning).check_arch("any")
-            return row_text(problem.values() | {"backend": backend} | tuning.given())
+def _row_to_add(problem: Problem, backend: str, arch: str) -> str:
+    """A row for the problem, to start tuning from: legal on every arch or, if none is, on this."""
+    only = arch if arch != "any" else FIRST_WITH_CLUSTERS
+    for where, fields in (("any", {}), (only, {"arch": only})):
+        for tuning in op_spec(problem.op).propose(problem, backend):
+            with suppress(TableError):
+                Variant(problem=problem, backend=backend, tuning=tuning).check_arch(where)
+                values = problem.values() | {"backend": backend} | fields | tuning.given()
+                return row_text(values)
     return "(no variant of this problem can run)"
 
 

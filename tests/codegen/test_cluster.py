@@ -100,3 +100,10 @@ def test_a_triton_variant_has_no_cluster():
     one = dataclasses.replace(variant(64), backend="triton")
     assert one.launch.cluster == 1
     one.check_arch("any")
+
+
+def test_the_row_to_add_names_an_architecture_where_it_needs_clusters():
+    fields = PROBLEM | {"head_dim": 256, "batch": 1}
+    for arch, named in (("any", "sm_90"), ("sm_100", "sm_100")):
+        with pytest.raises(TableError, match=rf"backend: cuda, arch: {named}, reduce_warps"):
+            load_table().select(OP, arch=arch, **fields)
