@@ -140,6 +140,30 @@ def test_the_rows_that_a_window_fills_are_found(op):
         assert torch.equal(filled_rows(call).cpu(), call.filled()), (reserve, seed)
 
 
+BROKEN = {  # of the first or the last of three requests
+    "more new tokens than next_n": ("next_n", 4),
+    "more new tokens than tokens": ("kv_lens", [4, 8, 5]),
+    "tokens before the first": ("cu_seq_lens", [-1, 5, 7, 10]),
+    "tokens after the last": ("cu_seq_lens", [0, 5, 7, 11]),
+    "an end before its begin": ("cu_seq_lens", [5, 0, 7, 10]),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [(op, one) for op in OPS for one in BROKEN if op == DECODE or "next_n" not in one],
+)
+def test_a_request_that_makes_no_sense_fills_no_row(op, fault):
+    good = make(op, [(3, 5), (6, 2), (2, 3)], reserve=3, outputs=ALL_OUTPUTS, device=DEVICE)
+    name, value = BROKEN[fault]
+    if name != "next_n":
+        value = torch.tensor(value, dtype=torch.int32, device=DEVICE)
+    call = replace(good, **{name: value})
+    assert call.filled().sum() < good.filled().sum()
+    assert torch.equal(filled_rows(call).cpu(), call.filled())
+    assert_like_the_state_op_and_the_reference(call)
+
+
 def test_rows_before_the_first_output_are_left_alone():
     call = small(DECODE)
     shifted = replace(call, cu_outputs=call.cu_outputs + 2)
