@@ -225,6 +225,8 @@ def _bytes(codes: Tensor, bits: int) -> Tensor:
         codes, bits = codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4, 8
     if bits == 8:
         return (codes & 255).to(torch.uint8)
+    if not codes.numel():  # torch views no such tensor as one of another dtype
+        return codes.new_zeros(codes.size(0), codes.size(1) * bits // 8, dtype=torch.uint8)
     return codes.to(torch.int16 if bits == 16 else torch.int32).contiguous().view(torch.uint8)
 
 

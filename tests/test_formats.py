@@ -561,3 +561,10 @@ def test_arguments_that_are_not_accepted(call, options, words):
 def test_a_format_is_found_by_its_name():
     assert cache_format("mixed_584") is cache_format(cache_format("mixed_584"))
     assert cache_format("mixed_584") == FORMATS["mixed_584"]
+
+
+@each_format
+def test_no_rows_have_no_bytes(name):
+    layout = FORMATS[name].layout(512, 64)
+    codes, scales = quantise(torch.zeros(0, 512), name, rope_dim=64)
+    assert codes.shape == (0, layout.data_bytes) and scales.shape == (0, layout.scale_bytes)
