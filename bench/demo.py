@@ -327,9 +327,9 @@ class Layer:
         want = torch.full(output.shape, torch.nan, dtype=torch.float64, device=self.device)
         want[self._index(row)] = self._expected(slot, window)
         wrong, error = outside(output, want, WORKLOAD.tolerances["output"])
-        wrong[self._index(row)] |= self._index(
-            self.cache.wrong_rows(output[self._index(row)], slot, window)
-        )[:, None].bool()
+        at = self._index(row)
+        wrong_bytes = self.cache.wrong_rows(output[at], slot, window)
+        wrong[at] |= torch.from_numpy(wrong_bytes).to(self.device)[:, None]
 
         summary.rows += len(row)
         summary.recomputed += int((window < self.closed[slot]).sum())

@@ -7,7 +7,7 @@ A pair of layers of DeepSeek-V4 has three compressors: that of the HCA layer (he
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from kvfold.bench.measure.point import Point, with_scalars
 from kvfold.bench.records import ModelStepReport, ModelStepRow
 from kvfold.codegen.fields import check_names
 from kvfold.runtime import dispatch
-from kvfold.runtime.torch_op import torch_op
+from kvfold.runtime.torch_op import call_with, torch_op
 from kvfold.workload import workload
 
 OP = "paged_kv_compress_store"
@@ -65,11 +65,6 @@ COMPRESSORS = {
 }
 
 
-def points(next_n: Sequence[int], batches: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(next_n, batch) of every step."""
-    return itertools.product(next_n, batches)
-
-
 def check(next_n: int, batch: int, device: torch.device) -> None:
     """Raises WrongResult if a compressor of the step is wrong."""
     for name, one in COMPRESSORS.items():
@@ -96,7 +91,7 @@ def measure(
     check_names([prefetch], workload(OP).prefetch, "prefetch")
     best = limit.measure(device)
     rows = []
-    for n, batch in points(next_n, batches):
+    for n, batch in itertools.product(next_n, batches):
         started(f"next_n {n}, batch {batch}")
         check(n, batch, device)
         rows.append(_measure(n, batch, prefetch, device, best))
@@ -104,20 +99,19 @@ def measure(
 
 
 def _call(arguments: Any) -> None:
-    args, kwargs = arguments.args_and_kwargs()
-    torch_op(OP)(*args, **kwargs)
+    call_with(torch_op(OP), arguments)
 
 
 def _measure(
     next_n: int, batch: int, prefetch: str, device: torch.device, best: Limit
 ) -> ModelStepRow:
-    call = with_scalars(_call, workload(OP).prefetch[prefetch])
+    timed = with_scalars(_call, workload(OP).prefetch[prefetch])
     at = {name: one.point(next_n, batch) for name, one in COMPRESSORS.items()}
     cases = {name: point.cold_cases(device) for name, point in at.items()}
     # As many pairs of layers as the compressor with the fewest cases has: of the largest state.
     pairs = min(map(len, cases.values()))
     calls = {
-        name: [partial(call, case.arguments) for case in found[:pairs]]
+        name: [partial(timed, case.arguments) for case in found[:pairs]]
         for name, found in cases.items()
     }
     in_turn = [one for pair in zip(*calls.values(), strict=True) for one in pair]

@@ -46,6 +46,20 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LimitReport(Report):
+    """What a results file has that compares times with the limit.
+
+    Attributes:
+        read_bandwidth_gbs, copy_bandwidth_gbs: measured in the run, GB/s of 1e9 bytes.
+        empty_node_us: what an empty kernel costs as a node of a graph.
+    """
+
+    read_bandwidth_gbs: float
+    copy_bandwidth_gbs: float
+    empty_node_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelRow:
     """One kernel at one point. Times are microseconds per call.
 
@@ -111,14 +125,11 @@ class KernelRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelReport(Report):
-    """What `kvfold bench` writes. Bandwidths are GB/s of 1e9 bytes."""
+class KernelReport(LimitReport):
+    """What `kvfold bench` writes."""
 
     KIND = "kernels"
 
-    read_bandwidth_gbs: float
-    copy_bandwidth_gbs: float
-    empty_node_us: float
     rows: list[KernelRow]
 
 
@@ -194,14 +205,11 @@ class ModelStepRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelStepReport(Report):
-    """What `kvfold bench model-step` writes. Bandwidths are GB/s of 1e9 bytes."""
+class ModelStepReport(LimitReport):
+    """What `kvfold bench model-step` writes."""
 
     KIND = "model-step"
 
-    read_bandwidth_gbs: float
-    copy_bandwidth_gbs: float
-    empty_node_us: float
     rows: list[ModelStepRow]
 
 

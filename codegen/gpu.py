@@ -23,7 +23,12 @@ def shared_bytes(arch: str) -> int:
 
 def has_clusters(arch: str) -> bool:
     """Whether every GPU of arch ('any' or 'sm_90') has clusters of CTAs."""
-    return arch != "any" and int(arch.removeprefix("sm_").rstrip(string.ascii_lowercase)) >= 90
+    return arch != "any" and _number(arch) >= _number(FIRST_WITH_CLUSTERS)
+
+
+def _number(arch: str) -> int:
+    """90 of 'sm_90' or 'sm_90a'."""
+    return int(arch.removeprefix("sm_").rstrip(string.ascii_lowercase))
 
 
 def check_arch(arch: Any) -> None:

@@ -17,7 +17,7 @@ from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import TableError, Variant
 from kvfold.codegen.fields import check_names, check_value
 from kvfold.runtime import dispatch, repeat
-from kvfold.runtime.torch_op import TorchOp, torch_op
+from kvfold.runtime.torch_op import call_with, torch_op
 from kvfold.workload import Measurement, Workload
 
 
@@ -73,7 +73,7 @@ def check(points: Iterable[Point], device: torch.device) -> Iterator[Checked]:
     """
     for point in points:
         op = torch_op(point.problem.op)
-        yield point.verify(lambda a, op=op: _call(op, a), "the op", device)
+        yield point.verify(lambda a, op=op: call_with(op, a), "the op", device)
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _subjects(plan: Plan, point: Point, device: torch.device) -> Iterator[Subjec
     variant = dispatch.select(point.problem, point.size, device)
     calls: list[tuple[str, Variant, Call]] = []
     if plan.baseline or not plan.override:
-        calls.append(("table", variant, lambda a: _call(op, a)))
+        calls.append(("table", variant, lambda a: call_with(op, a)))
     if plan.override:
         other = overridden(variant, plan.override, point, device)
         calls.append(("override", other, dispatch.bind(other, device)))
@@ -168,11 +168,6 @@ def _subjects(plan: Plan, point: Point, device: torch.device) -> Iterator[Subjec
     if plan.baseline and variant.backend == "cuda":
         for name, bind in point.workload.yardsticks.items():
             yield Subject(name, "cuda", "yardstick", "none", bind(variant, device))
-
-
-def _call(op: TorchOp, arguments: Any) -> None:
-    args, kwargs = arguments.args_and_kwargs()
-    op(*args, **kwargs)
 
 
 def overridden(

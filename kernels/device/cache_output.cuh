@@ -58,7 +58,8 @@ struct CacheOutput {
 
   static __device__ __forceinline__ uint32 owner(int number) { return uint32(number) % C::cluster; }
   __device__ __forceinline__ bool is_mine(int number) const {
-    const uint32 rank = C::cluster > 1 ? cluster_rank() : 0;
+    uint32 rank = 0;
+    if constexpr (C::cluster > 1) rank = cluster_rank();
     return owner(number) == rank && uint32(number) / C::cluster % warps == threadIdx.x / 32;
   }
   __device__ __forceinline__ float* buffer(int number) const {
@@ -73,7 +74,8 @@ struct CacheOutput {
   }
 
   __device__ __forceinline__ void begin_row() {
-    if (C::cluster > 1 && count == 0) cluster_wait();
+    if constexpr (C::cluster > 1)
+      if (count == 0) cluster_wait();
   }
 
   __device__ __forceinline__ void write_column(int64, int column, float value) const {
@@ -114,13 +116,14 @@ struct CacheOutput {
     wait_for_predecessor();
     const RowStore<C> store(p, place);
     wait_for_columns();
-    take(store);
+    Row row;
+    load_columns(row);
+    store.run(int(last_row), row);
   }
 
-  // Takes the last row to the cache.
-  __device__ __forceinline__ void take(const RowStore<C>& store) const {
+  // The lane's columns of the last row.
+  __device__ __forceinline__ void load_columns(Row& row) const {
     const float* from = buffer(count - 1) + Row::first_column();
-    Row row;
 #pragma unroll
     for (int i = 0; i < Row::columns; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(from + i);
@@ -129,6 +132,5 @@ struct CacheOutput {
       row.x[i + 2] = four.z;
       row.x[i + 3] = four.w;
     }
-    store.run(int(last_row), row);
   }
 };

@@ -26,11 +26,18 @@ struct RequestWindows {
     else return output_rows(p, request.index);
   }
 
+  // The output row of window number `i` of those that close; negative if none is reserved for it.
+  __device__ __forceinline__ int64 target_of(int i) const {
+    const int2 rows = reserved();
+    const int64 row = int64(rows.x) + i;
+    return row < rows.y ? row : -1;
+  }
+
   // Before the rows of window number `i` are fetched.
   __device__ __forceinline__ void begin(int i) const {
     if constexpr (Output::early) {
-      const int64 row = int64(early_rows.x) + i;
-      if (row >= 0 && row < early_rows.y) output.expect(row);
+      const int64 row = target_of(i);
+      if (row >= 0) output.expect(row);
     }
   }
 
@@ -61,18 +68,16 @@ struct RequestWindows {
 
   // Writes window number `i` of those that close. All threads of the CTA take part.
   __device__ __forceinline__ void write(int i, const Result& result) const {
-    const int2 rows = reserved();
-    const int64 row = int64(rows.x) + i;
-    const bool writes = row >= 0 && row < rows.y;
+    const int64 row = target_of(i);
     if constexpr (C::reduce_warps == 1) {
-      if (!writes) return;
+      if (row < 0) return;
       output.begin_row();
       if (part.group == 0) output.write_columns(row, part.column, result);
     } else {
       const WarpPartials<C> partials{reinterpret_cast<float*>(shared)};
       partials.put(part, result);
       __syncthreads();
-      if (!writes) return;
+      if (row < 0) return;
       output.begin_row();
       const int first_column = part.column - part.lane_column;
       for (int local = threadIdx.x; local < C::head_slice; local += C::threads)

@@ -142,7 +142,8 @@ struct LeafFetch {
     }
   }
 
-  // The dtypes are equal: rows are loaded into the registers that hold them, only ape takes others.
+  // The dtypes are equal: rows are loaded into the registers that hold them, only ape takes others. Ape
+  // of more than two rows at once would take registers that other CTAs of the SM could have.
   __device__ __forceinline__ void load_new_in_place() {
     constexpr int at_once = min_of(Shape::held_rows, 2);
 #pragma unroll

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from kvfold import codegen
 from kvfold.codegen import Launch, flag, integer, scalar
 from kvfold.codegen.fields import POSITIVE
-from kvfold.codegen.gpu import MAX_CLUSTER, MAX_THREADS, SM_REGISTERS, SM_THREADS
+from kvfold.codegen.gpu import MAX_THREADS, SM_REGISTERS, SM_THREADS
 from kvfold.codegen.variant import refuse
 from kvfold.device.window_shape import ITEM_BYTES, slices, vector
-from kvfold.ops.row_spec import with_cache_output
 from kvfold.ops.state_spec import PARAMS, WARPS, StateProblem, ape_in_state_field, window_shape
 
 STORING_REGISTERS = 112  # per thread, with which a storing thread may have several items
@@ -118,17 +117,6 @@ def launch(problem: DecodeProblem, backend: str, tuning: Tuning) -> Launch:
     )
 
 
-def launch_with_store(problem: DecodeProblem, backend: str, tuning: Tuning) -> Launch:
-    """What a variant needs whose rows go to the cache. Raises TableError if it cannot run.
-
-    The CTAs with the slices of one request form a cluster.
-    """
-    plain = launch(problem, backend, tuning)
-    if backend == "triton":
-        return plain
-    return with_cache_output(plain, problem.head_dim, tuning)
-
-
 def items_at_once(problem: DecodeProblem, tuning: Tuning, threads: int) -> int:
     """Requests of which a storing thread has a vector of columns at once.
 
@@ -145,14 +133,6 @@ def propose(problem: DecodeProblem, backend: str) -> Iterator[Tuning]:
     warps = (8, 4, 2, 1) if problem.compress_ratio > 16 else (1,)
     for reduce_warps, head_slice in itertools.product(warps, (64, 32, 16, 8)):
         yield Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
-
-
-def propose_with_store(problem: DecodeProblem, backend: str) -> Iterator[Tuning]:
-    """The same where rows go to the cache: of slices that clusters can have."""
-    least = problem.head_dim // MAX_CLUSTER
-    for tuning in propose(problem, backend):
-        if backend == "triton" or tuning.head_slice >= least:
-            yield tuning
 
 
 def explain(problem: DecodeProblem, backend: str, tuning: Tuning, batch: int) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 from kvfold import codegen
 from kvfold.codegen import Launch, integer, scalar
 from kvfold.codegen.fields import POSITIVE
-from kvfold.codegen.gpu import MAX_CLUSTER, MAX_THREADS, SM_THREADS
+from kvfold.codegen.gpu import MAX_THREADS, SM_THREADS
 from kvfold.codegen.variant import refuse
 from kvfold.device.window_shape import ITEM_BYTES, QUAD_ROWS, WindowShape, slices, vector
-from kvfold.ops.row_spec import with_cache_output
 from kvfold.ops.state_spec import (
     PARAMS,
     WARPS,
@@ -144,17 +143,6 @@ def launch(problem: PrefillProblem, backend: str, tuning: Tuning) -> Launch:
     )
 
 
-def launch_with_store(problem: PrefillProblem, backend: str, tuning: Tuning) -> Launch:
-    """What a variant needs whose rows go to the cache. Raises TableError if it cannot run.
-
-    The CTAs with the slices of one range of rows form a cluster.
-    """
-    plain = launch(problem, backend, tuning)
-    if backend == "triton":
-        return plain
-    return with_cache_output(plain, problem.head_dim, tuning)
-
-
 def shared_bytes(problem: PrefillProblem, tuning: Tuning, shape: WindowShape) -> int:
     """Shared memory of a CTA; kernel.cuh has the same sum."""
     parts = 2 if problem.overlap else 1
@@ -178,14 +166,6 @@ def propose(problem: PrefillProblem, backend: str) -> Iterator[Tuning]:
     """Tuning to start from, for a problem without a row."""
     for reduce_warps, head_slice in itertools.product((8, 4, 2, 1), (64, 128, 256, 32, 16, 8)):
         yield Tuning(reduce_warps=reduce_warps, head_slice=head_slice)
-
-
-def propose_with_store(problem: PrefillProblem, backend: str) -> Iterator[Tuning]:
-    """The same where rows go to the cache: of slices that clusters can have."""
-    least = problem.head_dim // MAX_CLUSTER
-    for tuning in propose(problem, backend):
-        if backend == "triton" or tuning.head_slice >= least:
-            yield tuning
 
 
 def explain(problem: PrefillProblem, backend: str, tuning: Tuning, tokens: int) -> str:

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvfold.ops.row_spec import layout_of
+from kvfold.runtime.driver import GridPlan
 
 
-def row_values(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int | float]:
-    """The members of ROW_PARAMS that are neither dimensions nor arguments."""
+def with_rows(plan: GridPlan, arguments: Any, dimensions: Mapping[str, int]) -> GridPlan:
+    """A plan with the members of ROW_PARAMS that are neither dimensions nor arguments."""
     layout = layout_of(arguments, dimensions)
-    return {
-        "largest": layout.format.largest,
-        "floor_bits": layout.format.floor_bits,
-        "row_stride": layout.row_stride,
-        "scale_start": layout.scale_start,
-        "scale_stride": layout.scale_stride,
-    }
+    return plan.with_values(
+        largest=layout.format.largest,
+        floor_bits=layout.format.floor_bits,
+        row_stride=layout.row_stride,
+        scale_start=layout.scale_start,
+        scale_stride=layout.scale_stride,
+    )

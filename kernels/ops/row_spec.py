@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from kvfold.codegen.variant import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LaunchOf = Callable[[Any, str, Any], Launch]  # of problem, backend and tuning
 
 HEAD_DIMS = (128, 256, 512)  # a lane of a warp has head_dim / 32 columns, a power of two
 ROW_BUFFERS = 4  # of a CTA, for rows whose columns arrive from other CTAs
@@ -121,7 +123,7 @@ class RowKeywords(codegen.Arguments):
 
 
 @dataclass(frozen=True)
-class RowOptions(codegen.Arguments):
+class OptionalRowTensors(codegen.Arguments):
     """Its optional tensors."""
 
     scale: Tensor | None = tensor(
@@ -158,23 +160,31 @@ class RowOptions(codegen.Arguments):
     )
 
 
-def with_cache_output(launch: Launch, head_dim: int, tuning: Any) -> Launch:
-    """What a kernel needs whose CTAs, one per slice of a row, take the row to the cache together.
+def with_cache_output(launch: LaunchOf) -> LaunchOf:
+    """What a variant of a store op needs, from what one of its state op does.
 
-    Raises:
-        TableError: head_dim is not served, or a cluster cannot have so many CTAs.
+    In CUDA the CTAs with the slices of one row form a cluster, and take the row to the cache
+    together. The function raises TableError also if head_dim is not served, or if a cluster cannot
+    have so many CTAs.
     """
-    if head_dim not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise TableError("is not served", field="head_dim", value=head_dim, legal=accepted)
-    cluster = head_dim // tuning.head_slice
-    if cluster > MAX_CLUSTER:
-        what = f"makes a cluster of {cluster} CTAs, more than {MAX_CLUSTER}"
-        legal = f"{head_dim // MAX_CLUSTER} or more"
-        raise refuse(tuning, "head_slice", what, legal)
-    # device/cache_output.cuh has the same sum.
-    shared_bytes = launch.shared_bytes + ROW_BUFFERS * 4 * head_dim + 16
-    return replace(launch, cluster=cluster, shared_bytes=shared_bytes)
+
+    def launch_with_store(problem: Any, backend: str, tuning: Any) -> Launch:
+        plain, head_dim = launch(problem, backend, tuning), problem.head_dim
+        if backend != "cuda":
+            return plain
+        if head_dim not in HEAD_DIMS:
+            accepted = ", ".join(map(str, HEAD_DIMS))
+            raise TableError("is not served", field="head_dim", value=head_dim, legal=accepted)
+        cluster = head_dim // tuning.head_slice
+        if cluster > MAX_CLUSTER:
+            what = f"makes a cluster of {cluster} CTAs, more than {MAX_CLUSTER}"
+            legal = f"{head_dim // MAX_CLUSTER} or more"
+            raise refuse(tuning, "head_slice", what, legal)
+        # device/cache_output.cuh has the same sum.
+        shared_bytes = plain.shared_bytes + ROW_BUFFERS * 4 * head_dim + 16
+        return replace(plain, cluster=cluster, shared_bytes=shared_bytes)
+
+    return launch_with_store
 
 
 def row_constants(arguments: Any, dimensions: Mapping[str, int]) -> dict[str, int | bool]:
@@ -213,10 +223,20 @@ def _output(tensor: Any) -> int:
 
 
 def layout_of(arguments: Any, dimensions: Mapping[str, int]) -> PageLayout:
-    """The layout of a page of the cache.
+    """The layout of a page of the cache. Raises TableError if the format has no such rows."""
+    from kvfold.runtime.dispatch import table  # loads torch
+
+    rope_dim = 2 * dimensions["rope_pairs"]
+    format = table().format(arguments.format)
+    return format.layout(dimensions["head_dim"], rope_dim, arguments.rows_per_page)
+
+
+def check_rows(arguments: Any, dimensions: Mapping[str, int]) -> None:
+    """Checks what a call says of the way to the cache.
 
     Raises:
-        ValueError: the format, the cache or an optional output is not accepted.
+        ValueError: an argument that is not accepted. TableError, which is one: the format has no
+            such rows.
     """
     from kvfold.runtime.dispatch import table  # loads torch
 
@@ -228,10 +248,8 @@ def layout_of(arguments: Any, dimensions: Mapping[str, int]) -> PageLayout:
     formats = table().formats
     if arguments.format not in formats:
         raise ValueError(f"format is {arguments.format!r}; accepted: {', '.join(formats)}")
-    format = formats[arguments.format]
-    layout = format.layout(
-        dimensions["head_dim"], 2 * dimensions["rope_pairs"], arguments.rows_per_page
-    )
+    layout = layout_of(arguments, dimensions)
+    format = layout.format
     lane_columns = dimensions["head_dim"] // 32
     if layout.bf16_columns % lane_columns:
         raise ValueError(
@@ -256,7 +274,6 @@ def layout_of(arguments: Any, dimensions: Mapping[str, int]) -> PageLayout:
             )
         if arguments.rotate:
             raise ValueError("rotate is True; accepted: False with rounding 'codes_from_bf16'")
-    return layout
 
 
 def _require_bytes(name: str, got: int, wanted: int, of: str, least: bool = False) -> None:

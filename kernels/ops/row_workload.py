@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from kvfold.ops.row_spec import ROUNDINGS
 from kvfold.ops.two_steps import filled_rows, taken
 from kvfold.runtime.arguments import DTYPES
 from kvfold.runtime.dispatch import table
-from kvfold.runtime.torch_op import torch_op
+from kvfold.runtime.torch_op import call_with, torch_op
 from kvfold.workload import EXACT, copy_of
 
 ROW_METADATA = ("rope_table", "positions", "slots")  # that the layers of a model share
@@ -25,16 +25,11 @@ MAX_POS = 4096
 POISON = 0xA5
 
 
-def format_option() -> Any:
-    """The option format."""
-    return choice(*table().formats, default="mixed_584", help="cache format")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowOptions(FieldSet):
     """Options of a case. An op may add its own."""
 
-    format: str = format_option()
+    format: str = choice(*table().formats, default="mixed_584", help="cache format")
     rope_dim: int = integer(range(0, 513, 2), default=64, help="columns that RoPE rotates")
     rounding: str = choice(*ROUNDINGS, default="once", help="where values are rounded to bf16")
     rotate: bool = flag(default=False, help="whether rows are rotated by a Hadamard matrix")
@@ -103,15 +98,6 @@ def by_two_ops(state_op: str, arguments: Any) -> dict[str, Tensor]:
     copies = copy_of(arguments, names)
     size = len(copies.positions), len(copies.weight)
     rows = torch.zeros(size, dtype=DTYPES[copies.row_dtype], device=copies.weight.device)
-    args, kwargs = taken(op_spec(state_op), copies, output=rows).args_and_kwargs()
-    torch_op(state_op)(*args, **kwargs)
+    call_with(torch_op(state_op), taken(op_spec(state_op), copies, output=rows))
     row_reference.store(copies, rows, filled_rows(copies))
     return {name: getattr(copies, name) for name in names}
-
-
-def by_reference(reference: Any, arguments: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What a call must leave in these tensors, by the op's reference."""
-    given = [name for name in names if getattr(arguments, name) is not None]
-    copies = copy_of(arguments, given)
-    reference.run(replace(copies))
-    return {name: getattr(copies, name) for name in given}

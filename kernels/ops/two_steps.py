@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.codegen import Variant, op_spec
+from kvfold.ops.state_reference import Requests
 from kvfold.runtime import dispatch
 from kvfold.runtime.arguments import DTYPE_NAMES, DTYPES
 
@@ -58,11 +59,7 @@ def filled_rows(arguments: Any) -> Tensor:
     request = torch.searchsorted(first, row, right=True) - 1
     known = (request >= 0) & (request < len(a.kv_lens))
     request = request.clamp(0, len(a.kv_lens) - 1)
-    begin, end = a.cu_seq_lens.long()[request], a.cu_seq_lens.long()[request + 1]
-    length, new = a.kv_lens.long()[request], end - begin
-    valid = (begin >= 0) & (end <= len(a.kv_score)) & (new >= 0) & (new <= length)
-    if hasattr(a, "next_n"):
-        valid &= new <= a.next_n
-    closing = length // ratio - (length - new) // ratio
-    index = row - first[request]
-    return known & valid & (row < first[request + 1]) & (index >= 0) & (index < closing)
+    number = row - first[request]
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, len(a.kv_score), getattr(a, "next_n", None))
+    closing = (requests.length // ratio - requests.start // ratio)[request]
+    return known & (row < first[request + 1]) & (number >= 0) & (number < closing)

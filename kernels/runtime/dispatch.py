@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -117,7 +118,7 @@ def _launch_specialised(variant: Variant, device: torch.device, arguments: Argum
     """Launches the variant's kernel for the constants of this call."""
     spec = variant.spec
     constants = constants_of(spec, arguments, dimensions_of(spec, arguments))
-    driver.load(variant.specialised(dict(constants)), device)(arguments)
+    driver.load(replace(variant, constants=constants), device)(arguments)
 
 
 @functools.cache
@@ -136,7 +137,7 @@ def launcher(
         return importlib.import_module(f"kvfold.ops.{problem.op}.reference").run
     variant = select(problem, size, device)
     if variant.backend == "cuda":
-        variant = variant.specialised(dict(constants))
+        variant = replace(variant, constants=constants)
     return bind(variant, device)
 
 

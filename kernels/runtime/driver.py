@@ -9,7 +9,7 @@ import importlib
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,10 @@ class GridPlan:
 
     ctas: int
     values: Mapping[str, int | float]
+
+    def with_values(self, **values: int | float) -> GridPlan:
+        """The plan with further values."""
+        return replace(self, values={**self.values, **values})
 
 
 # ---- a launch, packed ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -211,6 +211,12 @@ class TorchOp:
         if used != len(kwargs) or None in scalars:
             self.spec.arguments(*args, **kwargs)  # raises the TypeError of such a call
         return tensors, tuple(scalars)
+
+
+def call_with(op: Callable[..., None], arguments: Arguments) -> None:
+    """Calls an op with arguments that are put together."""
+    args, kwargs = arguments.args_and_kwargs()
+    op(*args, **kwargs)
 
 
 def _addresses(tensors: Sequence) -> list[int]:

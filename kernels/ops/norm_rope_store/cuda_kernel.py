@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvfold.codegen import Variant
 from kvfold.ops.norm_rope_store.spec import Arguments
-from kvfold.ops.row_plan import row_values
+from kvfold.ops.row_plan import with_rows
 from kvfold.runtime.driver import GridPlan
 
 
@@ -15,4 +15,4 @@ def plan(
 ) -> GridPlan:
     """A warp per row."""
     ctas = -(-dimensions["num_rows"] // variant.tuning.warps)
-    return GridPlan(ctas=ctas, values=row_values(arguments, dimensions))
+    return with_rows(GridPlan(ctas=ctas, values={}), arguments, dimensions)

@@ -12,11 +12,11 @@ from kvfold.ops.row_spec import (
     HEAD_DIMS,
     ROW_CONSTANTS,
     ROW_PARAMS,
+    OptionalRowTensors,
     RowKeywords,
-    RowOptions,
     RowScalars,
     RowTensors,
-    layout_of,
+    check_rows,
     row_constants,
 )
 
@@ -65,7 +65,7 @@ class Prefetch(codegen.Arguments):
 
 
 @dataclass(frozen=True)
-class Arguments(RowOptions, Prefetch, RowKeywords, RowScalars, RowTensors, Rows):
+class Arguments(OptionalRowTensors, Prefetch, RowKeywords, RowScalars, RowTensors, Rows):
     """The arguments of norm_rope_store."""
 
 
@@ -73,7 +73,7 @@ def problem_of(
     dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
 ) -> Problem:
     """The problem of a call."""
-    layout_of(arguments, dimensions)
+    check_rows(arguments, dimensions)
     return Problem(head_dim=dimensions["head_dim"], rows_dtype=dtypes["rows"])
 
 

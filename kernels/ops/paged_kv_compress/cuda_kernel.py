@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from kvfold.codegen import Variant
 from kvfold.ops.decode_plan import decode_plan
@@ -16,5 +15,4 @@ def plan(
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
     plan = decode_plan(variant, arguments, dimensions)
-    output_is_bf16 = arguments.output.element_size() == 2
-    return replace(plan, values={**plan.values, "output_is_bf16": output_is_bf16})
+    return plan.with_values(output_is_bf16=arguments.output.element_size() == 2)

@@ -13,19 +13,20 @@ from kvfold.ops.decode_spec import (
     NextNScalar,
     Tuning,
     explain,
-    launch_with_store,
-    propose_with_store,
+    launch,
+    propose,
 )
 from kvfold.ops.row_spec import (
     FUSED_ROW_CONSTANTS,
     ROW_PARAMS,
+    OptionalRowTensors,
     RowDtypeScalar,
     RowKeywords,
-    RowOptions,
     RowScalars,
     RowTensors,
+    check_rows,
     fused_row_constants,
-    layout_of,
+    with_cache_output,
 )
 from kvfold.ops.state_spec import (
     MetadataTensors,
@@ -45,7 +46,7 @@ class Problem(DecodeProblem):
 
 @dataclass(frozen=True)
 class Arguments(
-    RowOptions,
+    OptionalRowTensors,
     StateKeywords,
     RowKeywords,
     RowDtypeScalar,
@@ -63,7 +64,7 @@ def problem_of(
     dimensions: Mapping[str, int], arguments: Arguments, dtypes: Mapping[str, str]
 ) -> Problem:
     """The problem of a call."""
-    layout_of(arguments, dimensions)
+    check_rows(arguments, dimensions)
     return Problem(**state_fields(dimensions, arguments, dtypes), next_n=arguments.next_n)
 
 
@@ -76,8 +77,8 @@ SPEC = OpSpec(
     size_dimension="batch",
     defined_by={"state_dim": "paged_kv", "batch": "kv_lens"},
     problem_of=problem_of,
-    launch=launch_with_store,
-    propose=propose_with_store,
+    launch=with_cache_output(launch),
+    propose=propose,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
     params=(*DECODE_PARAMS, *ROW_PARAMS),

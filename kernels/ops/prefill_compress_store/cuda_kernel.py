@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from kvfold.codegen import Variant
 from kvfold.ops.prefill_compress_store.spec import Arguments
 from kvfold.ops.prefill_plan import prefill_plan
-from kvfold.ops.row_plan import row_values
+from kvfold.ops.row_plan import with_rows
 from kvfold.runtime.driver import GridPlan
 
 
@@ -16,12 +15,7 @@ def plan(
     variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
-    plan = prefill_plan(variant, sms, arguments, dimensions)
-    return replace(
-        plan,
-        values={
-            **plan.values,
-            **row_values(arguments, dimensions),
-            "num_outputs": dimensions["num_rows"],
-        },
+    plan = prefill_plan(variant, sms, arguments, dimensions).with_values(
+        num_outputs=dimensions["num_rows"]
     )
+    return with_rows(plan, arguments, dimensions)
