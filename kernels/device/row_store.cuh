@@ -141,7 +141,7 @@ struct RowStore {
       if constexpr (C::scales_out)
         write_scale(p.scales_out + index * p.scales_out_stride, scale.code);
     } else if constexpr (C::scale_code == scale_tensor) {
-      if (p.scale) divide(row, *p.scale);
+      if (has_code && p.scale) divide(row, *p.scale);
     }
     write_codes(data, row, has_code);
     if constexpr (C::codes_out) write_codes(p.codes_out + index * p.codes_out_stride, row, has_code);

@@ -60,7 +60,7 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
   launch_dependents();
   wait_for_predecessor();
   const uint32 storing = gridDim.x - uint32(params.batch) * Shape::slices;
-  const Job job = job_of(params, storing);
+  const Job job = job_of<CONFIG>(params, storing);
   if (job.stores) {
     Store<CONFIG>::run(params, job.number * CONFIG::threads + threadIdx.x,
                        storing * CONFIG::threads);
@@ -71,6 +71,7 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
   Request request;
   if (!read_request<CONFIG>(params, index, load_lengths(params, index), request)) return;
   const int2 reserved = output_rows(params, request.index);
+  RowOutput<CONFIG> output(params, nullptr);
   for (int i = 0; i < request.windows; ++i) {
     float result[Shape::vector];
     reduce_row_by_row<CONFIG>(params, request, part, request.first_window + i, result);
@@ -78,6 +79,6 @@ row_by_row(const __grid_constant__ paged_kv_compress::Params params) {
     if (row < 0 || row >= reserved.y) continue;
 #pragma unroll
     for (int v = 0; v < Shape::vector; ++v)
-      write_output(params, row, part.column + v, result[v]);
+      output.write_column(row, part.column + v, result[v]);
   }
 }

@@ -10,6 +10,7 @@ from kvfold.codegen import Variant, instantiate
 from kvfold.device.window_shape import vector
 from kvfold.ops.paged_kv_compress.spec import Tuning
 from kvfold.runtime import compiler, dispatch
+from kvfold.runtime.compiler import Compiled
 from kvfold.runtime.driver import Kernel
 
 NAME = "row_by_row"
@@ -27,11 +28,14 @@ def one_warp(variant: Variant) -> Variant:
     return replace(variant, backend="cuda", tuning=Tuning(reduce_warps=1, head_slice=head_slice))
 
 
+def compiled(one: Variant, arch: str) -> Compiled:
+    """The yardstick for an architecture ('sm_90'). `one` is as one_warp returns it."""
+    text = source(one)
+    return compiler.compile_source(NAME, text, compiler.headers_of(text), arch)
+
+
 @functools.cache
 def bind(variant: Variant, device: torch.device) -> Kernel:
     """What runs the yardstick on the op's arguments, for the variant's problem."""
     one = one_warp(variant)
-    text = source(one)
-    headers = compiler.headers_of(text)
-    compiled = compiler.compile_source(NAME, text, headers, dispatch.arch_of(device))
-    return Kernel(one, compiled.cubin, NAME)
+    return Kernel(one, compiled(one, dispatch.arch_of(device)).cubin, NAME)

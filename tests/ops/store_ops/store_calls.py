@@ -308,10 +308,11 @@ def make_row_arguments(
     angles = rng.uniform(-4, 4, (max_pos, rope_dim // 2))
     rope_table = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], axis=1)).float()
     positions = rng.integers(0, max_pos, num_rows).astype(np.int32)
-    slots = rng.permutation(num_pages * rows_per_page)[:num_rows]
+    num_slots = num_pages * rows_per_page
+    slots = rng.permutation(num_slots)[:num_rows]
     chosen = rng.random((2, num_rows)) < skipped / 2
     positions = np.where(chosen[0], rng.choice(outside_positions(max_pos), num_rows), positions)
-    slots = np.where(chosen[1], rng.choice(outside_slots(len(slots)), num_rows), slots)
+    slots = np.where(chosen[1], rng.choice(outside_slots(num_slots), num_rows), slots)
     page_stride = -(-layout.page_bytes // 4) * 4 + padding
     return {
         "weight": floats(head_dim, dtype=weight_dtype, offset=1.0),
