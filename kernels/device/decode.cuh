@@ -89,7 +89,7 @@ __device__ __forceinline__ void run_fused(const typename C::Params& p, uint4* sh
   LeafFetch<C> rows = windows.fetch(request.first_window, 0);
   if (request.windows) {
     windows.begin(0);
-    rows.start_old();
+    rows.start_old([&] { output.load_factors(); });
   }
   store.run(rows.present);
   if (!request.windows) return;

@@ -34,11 +34,20 @@ __device__ __forceinline__ Vec<T, N> load_shared_by_ctas(const T* address, bool 
 #pragma unroll
   for (int i = 0; i < Vec<T, N>::words; i += 4) {
     uint32* w = v.word + i;
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-        "  @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-        : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3])
-        : "l"(reinterpret_cast<const char*>(address) + 4 * i), "r"(int(present)));
+    const char* at = reinterpret_cast<const char*>(address) + 4 * i;
+    if constexpr (Vec<T, N>::words == 2) {
+      asm volatile(
+          "{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+          "  @p ld.global.v2.b32 {%0, %1}, [%2]; }"
+          : "+r"(w[0]), "+r"(w[1])
+          : "l"(at), "r"(int(present)));
+    } else {
+      asm volatile(
+          "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+          "  @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+          : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3])
+          : "l"(at), "r"(int(present)));
+    }
   }
   return v;
 }

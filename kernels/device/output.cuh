@@ -2,8 +2,9 @@
 //
 // An Output has these members; device/cache_output.cuh has them too. Threads of the CTA call them
 // together but for the two that write.
-//   early                                whether expect() does anything
+//   early                                whether expect() and load_factors() do anything
 //   expect(row)                          some time before the row is written
+//   load_factors()                       after that, when expect()'s loads have arrived or soon will
 //   begin_row()                          before the columns of a row are written
 //   write_columns(row, column, result)   N neighbouring columns of one thread
 //   write_column(row, column, value)     one column
@@ -25,6 +26,7 @@ struct RowOutput {
   __device__ __forceinline__ RowOutput(const typename C::Params& params, void*) : p(params) {}
 
   __device__ __forceinline__ void expect(int64) {}
+  __device__ __forceinline__ void load_factors() {}
   __device__ __forceinline__ void begin_row() { wait_for_predecessor(); }
 
   __device__ __forceinline__ void write_column(int64 row, int column, float value) {

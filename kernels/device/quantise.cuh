@@ -70,23 +70,47 @@ struct BlockScale {
   float reciprocal;
 };
 
+// The scale of a block before it is coded; amax: bits of its largest magnitude.
+template <class C>
+__device__ __forceinline__ uint32 exact_scale(const typename C::Params& p, uint32 amax) {
+  uint32 scale = __float_as_uint(__fdiv_rn(__uint_as_float(amax), p.largest));
+  if ((scale & magnitude_bits) > infinity_bits) scale = nan_bits;
+  return C::floor_on_scale && scale < p.floor_bits ? p.floor_bits : scale;
+}
+
+// Exponent field of the next power of two of a scale that is not negative; 255: NaN or no such number.
+__device__ __forceinline__ uint32 exponent_above(uint32 scale) {
+  const uint32 exponent = (scale >> 23) + uint32((scale & 0x7fffffu) != 0);
+  return exponent > 255 ? 255 : exponent;
+}
+
+// The same of exact_scale(). Where the quotient is a normal number, two comparisons say which side of a
+// power of two it is on: rounding never moves it to the power or across.
+template <class C>
+__device__ __forceinline__ uint32 scale_exponent(const typename C::Params& p, uint32 amax) {
+  const uint32 largest = __float_as_uint(p.largest);
+  const int exponent = int(amax >> 23) - int(largest >> 23) + 127;
+  if (amax >> 23 == 0 || amax >= infinity_bits || exponent < 1)
+    return exponent_above(exact_scale<C>(p, amax));
+  const uint32 above = min_of(exponent + int((amax & 0x7fffffu) > (largest & 0x7fffffu)), 255);
+  return C::floor_on_scale ? max_of(above, exponent_above(p.floor_bits)) : above;
+}
+
 // `amax`: bits of the largest magnitude of the block.
 template <class C>
 __device__ __forceinline__ BlockScale scale_of_block(const typename C::Params& p, uint32 amax) {
   if (amax == infinity_bits) amax = largest_finite_bits;
   if (!C::floor_on_scale && amax < p.floor_bits) amax = p.floor_bits;
-  uint32 scale = __float_as_uint(__fdiv_rn(__uint_as_float(amax), p.largest));
-  if ((scale & magnitude_bits) > infinity_bits) scale = nan_bits;
-  if (C::floor_on_scale && scale < p.floor_bits) scale = p.floor_bits;
   if constexpr (C::pow2) {
-    uint32 exponent = (scale >> 23) + uint32((scale & 0x7fffffu) != 0);
-    exponent = exponent > 255 ? 255 : exponent;
+    const uint32 exponent = scale_exponent<C>(p, amax);
     const uint32 value = exponent == 255 ? nan_bits : exponent << 23;
     // 2^127 has a reciprocal that is no normal.
     const uint32 reciprocal = exponent >= 254 ? 0x400000u : (254 - exponent) << 23;
     return {C::scale_code == scale_e8m0 ? exponent : value, __uint_as_float(value),
             __uint_as_float(exponent == 255 ? nan_bits : reciprocal)};
-  } else if constexpr (C::scale_code == scale_e4m3) {
+  }
+  const uint32 scale = exact_scale<C>(p, amax);
+  if constexpr (C::scale_code == scale_e4m3) {
     const uint32 code = encode_e4m3<false>(__uint_as_float(scale));
     return {code, decode_e4m3(code), 0.0f};
   } else {
@@ -94,6 +118,26 @@ __device__ __forceinline__ BlockScale scale_of_block(const typename C::Params& p
   }
 }
 
-__device__ __forceinline__ float divide_by_scale(float value, float scale) {
-  return scale == 0.0f ? 0.0f : __fdiv_rn(value, scale);
+// Divides columns by a scale; by 0 to 0.
+template <int N>
+__device__ __forceinline__ void divide_columns(float (&x)[N], float scale) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = scale == 0.0f ? 0.0f : __fdiv_rn(x[i], scale);
+}
+
+// The same where no column is larger than a few hundred times the scale. Where nothing can overflow, one
+// reciprocal serves all columns: two steps after the product the quotient is rounded correctly, but for
+// quotients that are far below the smallest code.
+template <int N>
+__device__ __forceinline__ void divide_block(float (&x)[N], float scale) {
+  constexpr float far = 1.2089258196146292e24f;  // 2^80
+  if (!(scale >= 1 / far && scale <= far)) return divide_columns(x, scale);
+  const float reciprocal = __frcp_rn(scale);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float near_quotient = __fmul_rn(x[i], reciprocal);
+    const float rest = __fmaf_rn(-near_quotient, scale, x[i]);
+    const float quotient = __fmaf_rn(rest, reciprocal, near_quotient);
+    x[i] = copysignf(quotient, x[i]);  // the quotient of -0 has become 0
+  }
 }

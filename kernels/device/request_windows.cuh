@@ -58,7 +58,9 @@ struct RequestWindows {
 #pragma unroll 1
     for (int leaf = 0; leaf < Shape::group_leaves; ++leaf) {
       LeafFetch<C> rows = fetch(index, leaf);
-      rows.start_old();
+      rows.start_old([&] {
+        if (leaf == 0) output.load_factors();
+      });
       rows.load_new();
       reduce_leaf(rows, result);
       stack.push(leaf, result);

@@ -1,4 +1,4 @@
-// The way of a compressed row to the cache: norm, RoPE, rotation, quantisation, store. One warp has it.
+// The way of a compressed row to the cache: norm, RoPE, rotation, quantisation, store.
 //
 // Params has the members that ops/row_spec.py lists in ROW_PARAMS, and the op's tensors with their strides.
 // C has the constants of ROW_CONSTANTS: a kernel is compiled for a format, a rounding and the outputs.
@@ -37,7 +37,11 @@ __device__ __forceinline__ RowPlace place_of(const Params& p, const RowMetadata&
   const bool exists = position >= 0 && position < p.max_pos && slot >= 0 &&
                       slot < int64(p.cache_pages) * p.rows_per_page;
   int64 page = 0;
-  if (exists) page = slot >> 32 ? slot / p.rows_per_page : uint32(slot) / uint32(p.rows_per_page);
+  if (exists) {
+    // A multiplication costs less than a division; up to 2^31 it does.
+    if (slot >> 31) page = slot / p.rows_per_page;
+    else page = int64(uint64(slot) * p.rows_multiplier >> p.rows_shift);
+  }
   return {position, page, int(slot - page * p.rows_per_page), exists};
 }
 
@@ -57,56 +61,112 @@ __device__ __forceinline__ void store_bytes(uint8* at, const uint32 (&word)[(N +
   }
 }
 
+// Most warps that can share a row: a block of a scale, and a rotation, belong to one warp.
 template <class C>
-struct RowStore {
-  using Params = typename C::Params;
-  using Row = WarpRow<C::head_dim>;
+__device__ constexpr int most_row_warps() {
+  if (C::rotate) return 1;
+  int warps = max_of(1, C::head_dim / 128);  // a lane has four columns or more
+  while (warps > 1 && C::block > C::head_dim / warps) warps /= 2;
+  return warps;
+}
+
+// A lane's part of what a row is computed with.
+template <class C, int warps>
+struct RowFactors {
+  using Row = RowPart<C::head_dim, warps>;
   static constexpr int columns = Row::columns;
   static constexpr int first_rotated = C::head_dim - C::rope_dim;
+
+  using weight_dtype = choose<C::weight_is_bf16, bf16, float>;
+
+  Vec<weight_dtype, columns> weight;
+  float cosine[columns / 2], sine[columns / 2];
+
+  __device__ __forceinline__ void load_weight(const typename C::Params& p) {
+    const auto* from = static_cast<const weight_dtype*>(p.weight) + Row::first_column();
+    weight = load_shared_by_ctas<weight_dtype, columns>(from, true);
+  }
+
+  // `position` is one that rope_table has.
+  __device__ __forceinline__ void load_angles(const typename C::Params& p, int position) {
+    if constexpr (C::rope_dim > 0) {
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) {
+        cosine[i] = 1.0f;
+        sine[i] = 0.0f;
+      }
+      if (Row::first_column() + columns <= first_rotated) return;
+      const float* pair = p.rope_table + position * p.rope_position_stride +
+                          int64((Row::first_column() - first_rotated) / 2) * p.rope_pair_stride;
+      if constexpr (first_rotated % columns == 0) {
+        using Vector = Vec<float, columns / 2>;
+        const float* sines = pair + p.rope_part_stride;
+        const uint64 either = reinterpret_cast<uint64>(pair) | reinterpret_cast<uint64>(sines);
+        if (p.rope_pair_stride == 1 && either % alignof(Vector) == 0) {
+          const auto c = load_shared_by_ctas<float, columns / 2>(pair, true);
+          const auto s = load_shared_by_ctas<float, columns / 2>(sines, true);
+#pragma unroll
+          for (int i = 0; i < columns / 2; ++i) {
+            cosine[i] = column(c, i);
+            sine[i] = column(s, i);
+          }
+          return;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i, pair += p.rope_pair_stride) {
+        if (!Row::template is_rotated<first_rotated>(2 * i)) continue;
+        cosine[i] = *pair;
+        sine[i] = pair[p.rope_part_stride];
+      }
+    }
+  }
+};
+
+// The largest value among `lanes` neighbouring lanes, a power of two.
+template <int lanes>
+__device__ __forceinline__ uint32 maximum_of_lanes(uint32 value) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (lanes == 32) return __reduce_max_sync(all_lanes, value);
+#endif
+#pragma unroll
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    const uint32 other = __shfl_xor_sync(all_lanes, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Takes rows to the cache. `warps` warps share a row.
+template <class C, int warps>
+struct RowStore {
+  using Params = typename C::Params;
+  using Row = RowPart<C::head_dim, warps>;
+  using Factors = RowFactors<C, warps>;
+  static constexpr int columns = Row::columns;
   // Lanes that share the scale of a block; 0: a page holds no scales.
   static constexpr int block_lanes = C::scale_code >= scale_fp32 ? C::block / columns : 0;
   static constexpr int scale_count = block_lanes ? C::code_columns / C::block : 0;
+  static_assert(warps <= most_row_warps<C>() && block_lanes <= 32);
   // Bytes of the codes of a row. The columns behind code_columns are stored as bf16 behind them.
   static constexpr int code_bytes = C::code_columns * C::code_bits / 8;
 
   const Params& p;
-  const RowPlace place;
-  float weight[columns];
-  float cosine[columns / 2], sine[columns / 2];
+  const RowPlace& place;  // which exists
 
-  // Loads what does not depend on the row. The place must exist.
-  __device__ __forceinline__ RowStore(const Params& params, const RowPlace& row_place)
-      : p(params), place(row_place) {
-    const int column = Row::first_column();
-    load_weight(column);
-    if constexpr (C::rope_dim > 0) {
-      const float* pair = p.rope_table + place.position * p.rope_position_stride +
-                          int64((column - first_rotated) / 2) * p.rope_pair_stride;
-#pragma unroll
-      for (int i = 0; i < columns / 2; ++i, pair += p.rope_pair_stride) {
-        const bool rotated = Row::template is_rotated<first_rotated>(2 * i);
-        cosine[i] = rotated ? *pair : 1.0f;
-        sine[i] = rotated ? pair[p.rope_part_stride] : 0.0f;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load_weight(int column) {
-    using weight_dtype = choose<C::weight_is_bf16, bf16, float>;
-    const auto v =
-        load<weight_dtype, columns>(static_cast<const weight_dtype*>(p.weight) + column, true);
-#pragma unroll
-    for (int i = 0; i < columns; ++i) weight[i] = ::column(v, i);
-  }
-
-  // Takes row number `index` to the cache and to the optional outputs.
-  __device__ __forceinline__ void run(int index, Row& row) const {
+  // Takes row number `index` to the cache and to the optional outputs. Source: load<N>(column, x) loads N
+  // columns of the row from `column` on.
+  template <class Source>
+  __device__ __forceinline__ void run(int index, const Source& source, const Factors& factors) const {
     constexpr bool each_step = C::rounding == round_each_step;
+    Row row;
+    source.load(Row::first_column(), row.x);
     if constexpr (each_step) row.round_to_bf16();
-    row.norm(weight, p.eps);
+    row.norm(factors.weight, rstd_of<C::head_dim>(squares(source, row), p.eps));
     if constexpr (each_step) row.round_to_bf16();
     write<C::latent_out>(p.latent_out, index * p.latent_out_stride, row);
-    if constexpr (C::rope_dim > 0) row.template rope<first_rotated>(cosine, sine);
+    if constexpr (C::rope_dim > 0)
+      row.template rope<Factors::first_rotated>(factors.cosine, factors.sine);
     if constexpr (each_step || C::rounding == round_codes_from_bf16) row.round_to_bf16();
     if constexpr (C::rotate) {
       row.hadamard();
@@ -115,6 +175,21 @@ struct RowStore {
     write<C::rows_out>(p.rows_out, index * p.rows_out_stride, row);
     if constexpr (C::rounding == round_before_codes) row.round_to_bf16();
     store(index, row);
+  }
+
+  // Of all columns. Every warp adds them up by itself: to meet would take longer.
+  template <class Source>
+  static __device__ __forceinline__ float squares(const Source& source, const Row& row) {
+    float x[warps][columns];
+#pragma unroll
+    for (int part = 0; part < warps; ++part) {
+      if constexpr (warps > 1)
+        source.load((part * 32 + int(threadIdx.x % 32)) * columns, x[part]);
+#pragma unroll
+      for (int i = 0; warps == 1 && i < columns; ++i) x[part][i] = row.x[i];
+      if constexpr (C::rounding == round_each_step) round_columns_to_bf16(x[part]);
+    }
+    return sum_of_squares(x);
   }
 
   // A row of an optional output.
@@ -136,12 +211,16 @@ struct RowStore {
     const bool has_code = Row::first_column() < C::code_columns;  // else bf16, behind the codes
     if constexpr (block_lanes > 0) {
       const BlockScale scale = scale_of_block<C>(p, block_maximum(row));
-      if (has_code) C::pow2 ? multiply(row, scale.reciprocal) : divide(row, scale.value);
+      if (has_code) {
+        if constexpr (C::pow2) multiply(row, scale.reciprocal);
+        else if constexpr (C::scale_code == scale_fp32) divide_block(row.x, scale.value);
+        else divide_columns(row.x, scale.value);
+      }
       write_scale(page + p.scale_start + int64(place.row) * p.scale_stride, scale.code);
       if constexpr (C::scales_out)
         write_scale(p.scales_out + index * p.scales_out_stride, scale.code);
     } else if constexpr (C::scale_code == scale_tensor) {
-      if (has_code && p.scale) divide(row, *p.scale);
+      if (has_code && p.scale) divide_columns(row.x, *p.scale);
     }
     write_codes(data, row, has_code);
     if constexpr (C::codes_out) write_codes(p.codes_out + index * p.codes_out_stride, row, has_code);
@@ -149,23 +228,10 @@ struct RowStore {
 
   // Bits of the largest magnitude of the block that the lane's columns belong to.
   static __device__ __forceinline__ uint32 block_maximum(const Row& row) {
-    uint32 amax = 0;
+    float amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < columns; ++i) {
-      const uint32 magnitude = __float_as_uint(row.x[i]) & magnitude_bits;
-      amax = magnitude > amax ? magnitude : amax;
-    }
-#pragma unroll
-    for (int distance = 1; distance < block_lanes; distance *= 2) {
-      const uint32 other = __shfl_xor_sync(all_lanes, amax, distance);
-      amax = other > amax ? other : amax;
-    }
-    return amax;
-  }
-
-  static __device__ __forceinline__ void divide(Row& row, float scale) {
-#pragma unroll
-    for (int i = 0; i < columns; ++i) row.x[i] = divide_by_scale(row.x[i], scale);
+    for (int i = 0; i < columns; ++i) amax = larger_magnitude(amax, row.x[i]);
+    return maximum_of_lanes<block_lanes>(__float_as_uint(amax));
   }
 
   // A product with an exact reciprocal is rounded as the quotient is.
@@ -183,7 +249,7 @@ struct RowStore {
       else scales[block] = uint8(code);
     }
 #pragma unroll
-    for (int i = used; i < C::scale_bytes; i += 32)
+    for (int i = used; i < C::scale_bytes; i += 32 * warps)
       if (i + lane < C::scale_bytes) scales[i + lane] = 0;
   }
 

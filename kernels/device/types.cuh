@@ -39,5 +39,12 @@ __device__ constexpr int power_of_two_at_least(int n) {
 }
 
 constexpr uint32 all_lanes = 0xffffffffu;
+
+// A condition that is the same for all lanes of a warp. The vote tells the compiler so: behind a branch on
+// it, addresses stay in uniform registers, and shuffles need no code for lanes that are missing.
+__device__ __forceinline__ bool uniform(bool condition) {
+  return __any_sync(all_lanes, condition);
+}
+
 constexpr float lowest_float = -3.402823466e+38f;  // finite
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }

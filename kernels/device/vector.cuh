@@ -39,6 +39,15 @@ __device__ __forceinline__ Vec<bf16, N> max_columns(const Vec<bf16, N>& a, const
   return larger;
 }
 
+// The larger of two magnitudes; NaN if either is.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+  float larger;
+  asm("{ .reg .f32 a, b; abs.f32 a, %1; abs.f32 b, %2; max.NaN.f32 %0, a, b; }"
+      : "=f"(larger)
+      : "f"(a), "f"(b));
+  return larger;
+}
+
 // Two floats, rounded to nearest even, in one word.
 __device__ __forceinline__ uint32 round_pair_to_bf16(float low, float high) {
   uint32 pair;

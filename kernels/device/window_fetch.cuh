@@ -44,13 +44,16 @@ struct LeafFetch {
     token = position - request.start;
   }
 
-  // Issues the loads of old rows. They have arrived after held.wait().
-  __device__ __forceinline__ void start_old() {
+  // Issues the loads of old rows. They have arrived after held.wait(). Calls `meanwhile` once pages have
+  // been looked up, before rows are loaded.
+  template <class Meanwhile>
+  __device__ __forceinline__ void start_old(const Meanwhile& meanwhile) {
     const int logical = state.logical_page(position);
     const bool on_one_page = position >= 0 && row + Shape::held_rows <= Shape::rows &&
                              logical == state.logical_page(position + Shape::held_rows - 1);
     StateRow first;
     if (on_one_page) first = state.find(request, position, logical);
+    meanwhile();
     if (on_one_page && first.present) load_page(first);
     else load_scattered();
   }

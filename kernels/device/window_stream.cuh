@@ -214,8 +214,10 @@ struct WindowStream {
     if (window.stored > 0) present &= store(window, stage);
     if (window.target >= 0) {
       const bool all = even && (C::overlap ? present & before_present : present) == all_rows;
-      if (__all_sync(all_lanes, all)) reduce<true>(window.target, stage, before, present);
-      else reduce<false>(window.target, stage, before, present);
+      Partial result[vector];
+      if (__all_sync(all_lanes, all)) reduce<true>(stage, before, present, result);
+      else reduce<false>(stage, before, present, result);
+      write(window.target, result);
     }
     before_present = present;
   }
@@ -322,10 +324,10 @@ struct WindowStream {
   };
 
   template <bool all_present>
-  __device__ __forceinline__ void reduce(int target, int stage, int before, uint32 present) {
+  __device__ __forceinline__ void reduce(int stage, int before, uint32 present,
+                                         Partial (&result)[vector]) {
     const uint64 both =
         C::overlap ? before_present | uint64(present) << C::compress_ratio : uint64(present);
-    Partial result[vector];
     LeafStack<C> stack;
 #pragma unroll
     for (int leaf = 0; leaf < Shape::group_leaves; ++leaf) {
@@ -339,7 +341,6 @@ struct WindowStream {
       stack.push(leaf, result);
     }
     WindowReduce<C>::reduce_warp(result);
-    write(target, result);
   }
 
   __device__ __forceinline__ void write(int target, const Partial (&result)[vector]) {

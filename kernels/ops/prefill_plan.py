@@ -13,13 +13,12 @@ MIN_RANGE_ROWS = 8
 
 
 def prefill_plan(
-    variant: Variant, sms: int, arguments: Any, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Any, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid of a prefill op, and the values that the host computes for all of them."""
-    problem, tuning = variant.problem, variant.tuning
     batch, num_tokens = dimensions["batch"], dimensions["num_tokens"]
-    slices = problem.head_dim // tuning.head_slice
-    places = max(1, sms * tuning.min_ctas // slices)  # slices of ranges that run at once
+    slices = variant.problem.head_dim // variant.tuning.head_slice
+    places = max(1, ctas_at_once // slices)  # ranges that are worked on at once
     # Rows are shared by all CTAs that run at once, and a few of them are enough for a CTA.
     wanted = max(-(-num_tokens // MIN_RANGE_ROWS), batch)
     range_rows = -(-num_tokens // min(max(wanted, 1), places))

@@ -27,6 +27,8 @@ ROW_PARAMS = (
     "max_pos",
     "cache_pages",
     "rows_per_page",
+    "uint32 rows_multiplier",
+    "rows_shift",
     "float eps",
     "float largest",
     "uint32 floor_bits",
@@ -181,7 +183,7 @@ def with_cache_output(launch: LaunchOf) -> LaunchOf:
             legal = f"{head_dim // MAX_CLUSTER} or more"
             raise refuse(tuning, "head_slice", what, legal)
         # device/cache_output.cuh has the same sum.
-        shared_bytes = plain.shared_bytes + ROW_BUFFERS * 4 * head_dim + 16
+        shared_bytes = plain.shared_bytes + ROW_BUFFERS * (4 * head_dim + 2 * 8)
         return replace(plain, cluster=cluster, shared_bytes=shared_bytes)
 
     return launch_with_store

@@ -90,7 +90,7 @@ class PackedLaunch:
     def __init__(self, kernel: Kernel, arguments: Arguments) -> None:
         variant, spec = kernel.variant, kernel.variant.spec
         dimensions = dimensions_of(spec, arguments)
-        plan: GridPlan = kernel.module.plan(variant, kernel.sms, arguments, dimensions)
+        plan: GridPlan = kernel.module.plan(variant, kernel.ctas_at_once, arguments, dimensions)
         scalars = {
             one.name: one.as_int(getattr(arguments, one.name))
             for one in spec.arguments.declared_scalars()
@@ -150,7 +150,6 @@ class Kernel:
             runtime.setDevice(torch.cuda.current_device())
         self.variant = variant
         self.module = importlib.import_module(f"kvfold.ops.{variant.op}.cuda_kernel")
-        self.sms = torch.cuda.get_device_properties().multi_processor_count
         overlaps = torch.cuda.get_device_capability() >= (9, 0)
         self.attributes = (ctypes.addressof(_OVERLAPPED), int(overlaps))
         self.context = driver.ctxGetCurrent()
@@ -164,6 +163,7 @@ class Kernel:
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 variant.launch.shared_bytes,
             )
+        self.ctas_at_once = _ctas_at_once(variant, self.function)
 
     def pack(self, arguments: Arguments) -> PackedLaunch:
         """The launch for calls whose tensors are laid out as these."""
@@ -172,6 +172,25 @@ class Kernel:
     def __call__(self, arguments: Arguments) -> None:
         """Launches on the arguments, which have been checked."""
         self.pack(arguments)([x.data_ptr() if x is not None else 0 for x in arguments.tensors()])
+
+
+def _ctas_at_once(variant: Variant, function: ctypes.c_void_p) -> int:
+    """CTAs of a kernel that torch's current device runs at once: as many as the variant asks for.
+
+    Those of a cluster lie on SMs beside each other, so that some SMs may stay without one.
+    """
+    launch = variant.launch
+    sms = torch.cuda.get_device_properties().multi_processor_count
+    wanted = sms * launch.min_ctas
+    if launch.cluster == 1:
+        return wanted
+    grid = _GRID.pack(launch.cluster, 1, 1, launch.threads, 1, 1, launch.shared_bytes)
+    config = ctypes.create_string_buffer(grid, _CONFIG_BYTES)
+    clusters = ctypes.c_int()
+    status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
+    if status:
+        raise RuntimeError(f"{variant.symbol} has no occupancy: CUDA error {status}")
+    return min(wanted, clusters.value * launch.cluster)
 
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}

@@ -54,7 +54,7 @@ def params_of(spec: OpSpec) -> type[ctypes.Structure]:
 class FakeKernel:
     """Stands for a loaded kernel; keeps what each launch gives the driver."""
 
-    variant, module, sms, context = VARIANT, cuda_kernel, SMS, 0
+    variant, module, ctas_at_once, context = VARIANT, cuda_kernel, SMS, 0
     attributes, function = (ATTRIBUTES, 1), FUNCTION
 
     def __init__(self, status=0):

@@ -8,7 +8,7 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """One CTA per row."""
     return GridPlan(ctas=dimensions["rows"], values={})

@@ -10,7 +10,7 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """A thread per output row."""
     most_tokens, most_new = token_bounds(arguments)

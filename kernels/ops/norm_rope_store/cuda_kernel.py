@@ -11,8 +11,9 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
-    """A warp per row."""
-    ctas = -(-dimensions["num_rows"] // variant.tuning.warps)
+    """As many CTAs as the rows keep busy; each takes rows in turn."""
+    at_once = variant.tuning.warps // variant.tuning.row_warps
+    ctas = min(-(-dimensions["num_rows"] // at_once), ctas_at_once)
     return with_rows(GridPlan(ctas=ctas, values={}), arguments, dimensions)

@@ -1,4 +1,4 @@
-// norm_rope_store: takes compressed rows to the cache. A warp per row.
+// norm_rope_store: takes compressed rows to the cache. C::row_warps warps share a row.
 #pragma once
 #include "ops/norm_rope_store/params.cuh"
 
@@ -7,32 +7,45 @@
 
 namespace norm_rope_store {
 
+// A row in memory.
 template <class C>
-__device__ __forceinline__ void load_row(const Params& p, int index, WarpRow<C::head_dim>& row) {
-  using Row = WarpRow<C::head_dim>;
-  const auto* from = static_cast<const typename C::rows_dtype*>(p.rows) + index * p.rows_stride;
-  const auto v = load<typename C::rows_dtype, Row::columns>(from + Row::first_column(), true);
-#pragma unroll
-  for (int i = 0; i < Row::columns; ++i) row.x[i] = column(v, i);
-}
+struct RowSource {
+  const typename C::rows_dtype* row;
 
-template <class C>
-__device__ __forceinline__ void run_row(const Params& p, int index) {
-  const RowPlace place = place_of(p, load_metadata(p, index));
-  if (!place.exists) return;
-  wait_for_predecessor();
-  WarpRow<C::head_dim> row;
-  load_row<C>(p, index, row);
-  const RowStore<C> store(p, place);
-  store.run(index, row);
-}
+  template <int N>
+  __device__ __forceinline__ void load(int first, float (&x)[N]) const {
+    const auto v = load_shared_by_ctas<typename C::rows_dtype, N>(row + first, true);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = column(v, i);
+  }
+};
 
 template <class C>
 __device__ __forceinline__ void run(const Params& params) {
+  // A format may allow fewer warps to share a row. Then the others have nothing to do.
+  constexpr int warps = min_of(C::row_warps, most_row_warps<C>());
+  constexpr int row_threads = 32 * C::row_warps, rows_at_once = C::threads / row_threads;
   launch_dependents();
   if (params.prefetch == prefetch_none) wait_for_predecessor();
-  const int index = int(blockIdx.x) * (C::threads / 32) + int(threadIdx.x / 32);
-  if (index < params.num_rows) run_row<C>(params, index);
+  if (uniform(threadIdx.x % row_threads < 32 * warps)) {
+    const int step = int(gridDim.x) * rows_at_once;
+    int index = int(blockIdx.x) * rows_at_once + int(threadIdx.x / row_threads);
+    RowMetadata next = load_metadata(params, min_of(index, params.num_rows - 1));
+    RowFactors<C, warps> factors;
+    bool has_weight = false;
+    for (; uniform(index < params.num_rows); index += step) {
+      const RowPlace place = place_of(params, next);
+      if (index + step < params.num_rows) next = load_metadata(params, index + step);
+      if (!uniform(place.exists)) continue;
+      factors.load_angles(params, place.position);
+      if (!has_weight) factors.load_weight(params);
+      has_weight = true;
+      wait_for_predecessor();
+      const auto* rows = static_cast<const typename C::rows_dtype*>(params.rows);
+      RowStore<C, warps>{params, place}.run(
+          index, RowSource<C>{rows + index * params.rows_stride}, factors);
+    }
+  }
   // One CTA that waits is enough: the grid does not end before its predecessor.
   if (blockIdx.x == 0) wait_for_predecessor();
 }

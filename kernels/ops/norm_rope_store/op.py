@@ -71,7 +71,7 @@ def norm_rope_store(
         codes_out: [num_rows, bytes], uint8, mutated: the data bytes of rows, RoPE columns included.
         scales_out: [num_rows, bytes], uint8, mutated: the scale bytes of rows, pad bytes included.
         prefetch: what may be read while the kernel before this one on the stream still runs.
-            "none": nothing. "metadata" and "state": positions and slots.
+            "none": nothing. "metadata" and "state": positions, slots, weight and rope_table.
 
     Raises:
         ValueError: an argument's type, shape, dtype, device, strides, memory or value is not

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvfold import codegen
 from kvfold.codegen import Launch, OpSpec, dtype, integer, scalar, tensor
+from kvfold.codegen.gpu import SM_THREADS
+from kvfold.codegen.variant import refuse
 from kvfold.ops.row_spec import (
     HEAD_DIMS,
     ROW_CONSTANTS,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WARPS = (1, 2, 4, 8, 16)
+ROW_WARPS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,20 @@ class Problem(codegen.Problem):
 class Tuning(codegen.Tuning):
     """How a kernel of norm_rope_store solves it."""
 
-    warps: int = integer(WARPS, symbol="w{}", help="warps of a CTA; cuda: each takes one row")
+    warps: int = integer(WARPS, symbol="w{}", help="warps of a CTA")
+    row_warps: int = integer(
+        ROW_WARPS,
+        symbol="r{}",
+        default=1,
+        help="cuda: warps that share a row, each 128 columns or more of it. More suit few rows. One"
+        " has it where a rotation or a block of a scale needs more columns",
+    )
+    min_ctas: int = integer(
+        range(1, 33),
+        symbol="c{}",
+        default=1,
+        help="CTAs that the registers of an SM must suffice for. cuda: the grid has no more",
+    )
 
 
 @dataclass(frozen=True)
@@ -59,8 +75,8 @@ class Prefetch(codegen.Arguments):
         default="none",
         choices=("none", "metadata", "state"),
         keyword=True,
-        help="what may be read while the kernel before this one still runs: nothing; positions and"
-        " slots; the same",
+        help="what may be read while the kernel before this one still runs: nothing; positions,"
+        " slots, weight and rope_table; the same",
     )
 
 
@@ -78,8 +94,16 @@ def problem_of(
 
 
 def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
-    """What a variant needs."""
-    return Launch(threads=32 * tuning.warps)
+    """What a variant needs. Raises TableError if it cannot run."""
+    threads = 32 * tuning.warps
+    most = min(tuning.warps, problem.head_dim // 128)
+    if tuning.row_warps > most:
+        what = f"is more than {most}, of {tuning.warps} warps and {problem.head_dim} columns"
+        raise refuse(tuning, "row_warps", what, f"{most} or less")
+    if tuning.min_ctas > SM_THREADS // threads:
+        what = f"CTAs of {threads} threads are more than an SM takes"
+        raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // threads + 1))
+    return Launch(threads=threads, min_ctas=tuning.min_ctas)
 
 
 def propose(problem: Problem, backend: str) -> Iterator[Tuning]:
@@ -91,7 +115,9 @@ def explain(problem: Problem, backend: str, tuning: Tuning, rows: int) -> str:
     """How a variant runs at a number of rows."""
     if backend == "triton":
         return f"{rows} CTAs, one per row, of {tuning.warps} warps"
-    return f"{-(-rows // tuning.warps)} CTAs, a warp per row"
+    at_once = tuning.warps // tuning.row_warps
+    shared = "a warp" if tuning.row_warps == 1 else f"{tuning.row_warps} warps"
+    return f"{-(-rows // at_once)} CTAs or as many as run at once, {shared} per row"
 
 
 SPEC = OpSpec(

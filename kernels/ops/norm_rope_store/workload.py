@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.norm_rope_store import reference
-from kvfold.ops.norm_rope_store.spec import SPEC, WARPS, Arguments, Problem, Tuning
+from kvfold.ops.norm_rope_store.spec import ROW_WARPS, SPEC, WARPS, Arguments, Problem, Tuning
 from kvfold.ops.row_workload import (
     ROW_METADATA,
     ROW_TOLERANCES,
@@ -65,7 +66,13 @@ def expected(arguments: Arguments) -> Mapping[str, Tensor]:
 
 def candidates(problem: Problem, backend: str, arch: str) -> Iterator[Tuning]:
     """Tuning worth a trial."""
-    yield from (Tuning(warps=warps) for warps in WARPS)
+    if backend != "cuda":
+        yield from (Tuning(warps=warps) for warps in WARPS)
+        return
+    for warps, row_warps in itertools.product((1, 2, 4, 8), ROW_WARPS):
+        if row_warps <= min(warps, problem.head_dim // 128):
+            for sm_warps in (16, 20, 24, 32, 48):
+                yield Tuning(warps=warps, row_warps=row_warps, min_ctas=min(sm_warps // warps, 32))
 
 
 WORKLOAD = Workload(

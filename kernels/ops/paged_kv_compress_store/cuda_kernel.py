@@ -12,7 +12,7 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
     plan = decode_plan(variant, arguments, dimensions).with_values(

@@ -11,8 +11,8 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
-    plan = prefill_plan(variant, sms, arguments, dimensions)
+    plan = prefill_plan(variant, ctas_at_once, arguments, dimensions)
     return plan.with_values(output_is_bf16=arguments.output.element_size() == 2)

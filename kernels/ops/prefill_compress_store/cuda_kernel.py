@@ -12,10 +12,10 @@ from kvfold.runtime.driver import GridPlan
 
 
 def plan(
-    variant: Variant, sms: int, arguments: Arguments, dimensions: Mapping[str, int]
+    variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
-    plan = prefill_plan(variant, sms, arguments, dimensions).with_values(
+    plan = prefill_plan(variant, ctas_at_once, arguments, dimensions).with_values(
         num_outputs=dimensions["num_rows"]
     )
     return with_rows(plan, arguments, dimensions)

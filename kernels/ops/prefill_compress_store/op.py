@@ -64,8 +64,8 @@ def prefill_compress_store(
             scale, latent_out, rows_out, codes_out, scales_out: as those of norm_rope_store.
         row_dtype: torch.bfloat16 or torch.float32: what a row is rounded to before the norm.
             torch.ops takes "bf16" or "fp32".
-        prefetch: as that of prefill_compress. "metadata" and "state" cover positions and
-            slots too.
+        prefetch: as that of prefill_compress. "metadata" and "state" cover positions, slots,
+            weight and rope_table too.
 
     Raises:
         ValueError: an argument's type, shape, dtype, device, strides, memory or value is not

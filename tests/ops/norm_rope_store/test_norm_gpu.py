@@ -31,7 +31,7 @@ import kvfold
 import kvfold.torch_ops  # registers torch.ops.kvfold, whichever test runs first
 from kvfold.codegen import Variant, load_table
 from kvfold.ops.norm_rope_store import reference
-from kvfold.ops.norm_rope_store.spec import SPEC, WARPS, Problem, Tuning
+from kvfold.ops.norm_rope_store.spec import ROW_WARPS, SPEC, WARPS, Problem, Tuning
 from kvfold.runtime import dispatch, driver
 from kvfold.runtime.arguments import check
 
@@ -60,10 +60,17 @@ def rng(*words) -> np.random.Generator:
 
 
 def cuda_variants(one: Problem) -> list[Variant]:
-    """CUDA variants of a problem, one of each tuning, those of the table among them."""
-    variants = [Variant(problem=one, backend="cuda", tuning=Tuning(warps=warps)) for warps in WARPS]
-    assert {v for v in TABLE if v.problem == one and v.backend == "cuda"} <= set(variants)
-    return variants
+    """CUDA variants of a problem: of the table, of any number of warps, and with rows shared."""
+    found = [v for v in TABLE if v.problem == one and v.backend == "cuda"]
+    tunings = [Tuning(warps=warps) for warps in WARPS]
+    for row_warps in ROW_WARPS:
+        if 128 * row_warps <= one.head_dim:
+            tunings += [
+                Tuning(warps=row_warps, row_warps=row_warps),
+                Tuning(warps=8, row_warps=row_warps, min_ctas=3),
+            ]
+    found += [Variant(problem=one, backend="cuda", tuning=tuning) for tuning in tunings]
+    return list(dict.fromkeys(found))
 
 
 def by_reference(call: Call) -> Call:
@@ -302,15 +309,16 @@ def test_no_rows_and_no_positions():
 
 
 @each_problem
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("name", ["mixed_584", "fp8_block128", "fp4_288"])
-def test_bytes_depend_on_neither_the_batch_nor_the_warps(name, one):
+def test_bytes_depend_on_neither_the_batch_nor_the_warps(name, rotate, one):
     variants = cuda_variants(one)
     crowd = make(
         format=name,
         head_dim=one.head_dim,
         num_rows=300,
         rows_dtype=one.rows_dtype,
-        rotate=True,
+        rotate=rotate,
         outputs=ALL,
         device="cuda",
     )

@@ -17,7 +17,9 @@ SMS = 132
 
 def plan_of(call: Call, **tuning) -> GridPlan:
     tuning = {"reduce_warps": 2, "head_slice": 8} | tuning
-    return plan(cuda_variant(call, **tuning), SMS, call, check(SPEC, call).dimensions)
+    variant = cuda_variant(call, **tuning)
+    ctas_at_once = SMS * variant.launch.min_ctas
+    return plan(variant, ctas_at_once, call, check(SPEC, call).dimensions)
 
 
 def long_window(spans: list[tuple[int, int]], **fields) -> Call:
