@@ -6,32 +6,22 @@
 // plain one, device/cache_output.cuh another. Where CTAs form clusters, those of a cluster have the
 // slices of one request, or they all store.
 #pragma once
+#include "device/closing_requests.cuh"
 #include "device/decode_store.cuh"
 #include "device/request_windows.cuh"
 
 // ---- Split --------------------------------------------------------------------------------------
 
-// One slice of the windows of C::requests_per_cta requests. `cta` counts the CTAs that reduce.
+// One slice of the windows of some requests. `cta` counts the CTAs that reduce.
 template <class C, class Output>
 __device__ __forceinline__ void reduce_requests(const typename C::Params& p, uint4* shared, uint32 cta,
-                                                Output& output) {
+                                                Output& output, void* memory) {
   using Shape = WindowShape<C>;
   const ThreadPart<C> part(int(cta % Shape::slices));
   HeldRows<C> held(shared);
-  const int first = int(cta / Shape::slices) * C::requests_per_cta;
-  uint32 closing = 1;
-  if constexpr (C::requests_per_cta > 1) {
-    // Each lane checks one request, so that those that close nothing cost one load latency.
-    const int lane = int(threadIdx.x % 32);
-    const int index = min_of(first + lane, p.batch - 1);
-    Request request;
-    const bool closes = lane < C::requests_per_cta && first + lane < p.batch &&
-                        read_request<C>(p, index, load_lengths(p, index), request) &&
-                        request.windows > 0;
-    closing = __ballot_sync(all_lanes, closes);
-  }
-  for (bool again = false; closing; closing &= closing - 1, again = true) {
-    const int index = first + __ffs(closing) - 1;
+  ClosingRequests<C> requests(p, int(cta / Shape::slices), p.reducing / Shape::slices, memory);
+  for (bool again = false; requests.has_one(); requests.advance(), again = true) {
+    const int index = requests.index();
     const int2 reserved = output_rows(p, index);
     Request request;
     if (!read_request<C>(p, index, load_lengths(p, index), request)) return;
@@ -62,13 +52,14 @@ __device__ __forceinline__ Job job_of(const typename C::Params& p, uint32 storin
 }
 
 template <class C, class Output>
-__device__ __forceinline__ void run_split(const typename C::Params& p, uint4* shared, Output& output) {
+__device__ __forceinline__ void run_split(const typename C::Params& p, uint4* shared, Output& output,
+                                          void* memory) {
   const uint32 storing = gridDim.x - uint32(p.reducing);
   const Job job = job_of<C>(p, storing);
   if (job.stores)
     Store<C>::run(p, job.number * C::threads + threadIdx.x, storing * C::threads);
   else
-    reduce_requests<C>(p, shared, job.number, output);
+    reduce_requests<C>(p, shared, job.number, output, memory);
 }
 
 // ---- Fused --------------------------------------------------------------------------------------
@@ -104,12 +95,14 @@ template <class C, class Output>
 __device__ __forceinline__ void decode(const typename C::Params& params) {
   extern __shared__ uint4 shared[];
   constexpr int rows_bytes = max_of(HeldRows<C>::shared_bytes, WarpPartials<C>::shared_bytes);
-  static_assert(C::shared_bytes == rows_bytes + Output::shared_bytes);
+  constexpr int list_bytes = ClosingRequests<C>::shared_bytes;
+  static_assert(C::shared_bytes == rows_bytes + list_bytes + Output::shared_bytes);
+  char* memory = reinterpret_cast<char*>(shared) + rows_bytes;
   launch_dependents();
   if (params.prefetch == prefetch_none) wait_for_predecessor();
-  Output output(params, reinterpret_cast<char*>(shared) + rows_bytes);
+  Output output(params, memory + list_bytes);
   if constexpr (C::fused) run_fused<C>(params, shared, output);
-  else run_split<C>(params, shared, output);
+  else run_split<C>(params, shared, output, memory);
   output.end();
   // One CTA that waits is enough: the grid does not end before its predecessor.
   if (blockIdx.x == 0) wait_for_predecessor();

@@ -13,14 +13,17 @@ from kvfold.runtime.driver import GridPlan
 MAX_ITEMS_BY_TOKEN = 1 << 14  # storing threads: more of them do not make the store faster
 
 
-def decode_plan(variant: Variant, arguments: Any, dimensions: Mapping[str, int]) -> GridPlan:
+def decode_plan(
+    variant: Variant, ctas_at_once: int, arguments: Any, dimensions: Mapping[str, int]
+) -> GridPlan:
     """The grid of a decode op, and the values that the host computes for all of them."""
     problem, tuning = variant.problem, variant.tuning
     batch, values = dimensions["batch"], state_values(arguments, dimensions)
     slices = problem.head_dim // tuning.head_slice
-    reducing = (
-        -(-batch // tuning.requests_per_cta) * slices if values["reduces"] or tuning.fused else 0
-    )
+    groups = -(-batch // tuning.requests_per_cta)
+    if tuning.deal:
+        groups = min(groups, max(1, ctas_at_once // slices))
+    reducing = groups * slices if values["reduces"] or tuning.fused else 0
     # An item of the store is a vector of all new rows of a request or, by token, of one row.
     items = batch * dimensions["state_dim"] // vector(problem.state_dtype)
     by_token = items * problem.next_n <= MAX_ITEMS_BY_TOKEN

@@ -17,6 +17,7 @@ from kvfold.ops.state_spec import PARAMS, WARPS, StateProblem, ape_in_state_fiel
 STORING_REGISTERS = 112  # per thread, with which a storing thread may have several items
 
 # The members of the CUDA parameter struct that every decode op has.
+LIST_BYTES = 128  # of shared memory, for requests that close a window; device/closing_requests.cuh
 DECODE_PARAMS = (*PARAMS, "store_by_token", "uint32 storing_share", "reducing")
 
 
@@ -62,6 +63,12 @@ class Tuning(codegen.Tuning):
         help="cuda, not fused: requests that a reducing CTA checks. More than 1 suits large"
         " batches in which few requests close a window",
     )
+    deal: bool = flag(
+        symbol="deal",
+        default=False,
+        help="cuda, not fused: the grid has no more reducing CTAs than run at once. Each checks all"
+        " requests, and those that close a window are dealt out. It suits batches that are larger",
+    )
     store_bytes: int = integer(
         (128, 256),
         symbol="b{}",
@@ -100,14 +107,18 @@ def launch(problem: DecodeProblem, backend: str, tuning: Tuning) -> Launch:
     if tuning.fused and (backend != "cuda" or shape.group_leaves > 1 or threads != shape.lanes):
         what = "needs cuda, and one thread that holds all rows of a window"
         raise refuse(tuning, "fused", what, (False,))
+    if tuning.deal and (backend != "cuda" or tuning.fused or tuning.requests_per_cta > 1):
+        what = "is for cuda kernels that are not fused, with requests_per_cta 1"
+        raise refuse(tuning, "deal", what, (False,))
     if tuning.requests_per_cta > 1 and (backend != "cuda" or tuning.fused):
         what = "is for cuda kernels that are not fused"
         raise refuse(tuning, "requests_per_cta", what, (1,))
     if backend == "triton":
         return Launch(threads=threads, min_ctas=tuning.min_ctas)
+    rows_bytes = shape.rows_bytes if tuning.fused else shape.shared_bytes
     return Launch(
         threads=threads,
-        shared_bytes=shape.rows_bytes if tuning.fused else shape.shared_bytes,
+        shared_bytes=rows_bytes + (LIST_BYTES if tuning.deal else 0),
         shared_field="head_slice",
         min_ctas=tuning.min_ctas,
         constants={
@@ -142,6 +153,8 @@ def explain(problem: DecodeProblem, backend: str, tuning: Tuning, batch: int) ->
     warps = tuning.reduce_warps
     share = "1 warp reads" if warps == 1 else f"{warps} warps share"
     each = f"groups of {tuning.requests_per_cta} requests" if groups < batch else "requests"
+    if tuning.deal:
+        each = "requests, or as many CTAs as run at once,"
     return (
         f"{groups * per_request} CTAs that {'store and ' if tuning.fused else ''}reduce ="
         f" {groups} {each} x {per_request} slices of {tuning.head_slice} columns; {share} the rows"

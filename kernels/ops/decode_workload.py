@@ -192,7 +192,7 @@ def candidates(problem: DecodeProblem, backend: str, arch: str) -> Iterator[Tuni
 
 
 def _for_large_batches(problem: DecodeProblem, tuning: Tuning, threads: int) -> Iterator[Tuning]:
-    """The tuning with more requests per CTA and more bytes in flight per storing thread.
+    """The tuning with dealt requests, more of them per CTA, or more bytes in flight per thread.
 
     Only of shapes that suit a large batch.
     """
@@ -208,6 +208,8 @@ def _for_large_batches(problem: DecodeProblem, tuning: Tuning, threads: int) -> 
         more = items_at_once(problem, other, threads) > items_at_once(problem, tuning, threads)
         if more if store_bytes > 128 else requests > 1:
             yield other
+    if window_rows(problem) > SMALL_WINDOW:
+        yield replace(tuning, deal=True)
 
 
 def _tile(problem: DecodeProblem, variant: Variant) -> float:

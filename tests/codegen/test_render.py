@@ -60,6 +60,7 @@ def test_instantiation_says_what_the_variant_is(file, rows):
             "head_slice": tuning.head_slice,
             "fused": tuning.fused,
             "requests_per_cta": tuning.requests_per_cta,
+            "deal": tuning.deal,
             "store_bytes": tuning.store_bytes,
             "min_ctas": tuning.min_ctas,
             "threads": launch.threads,

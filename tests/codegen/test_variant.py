@@ -90,6 +90,7 @@ def test_problem_and_tuning():
         "head_slice": 64,
         "fused": False,
         "requests_per_cta": 1,
+        "deal": False,
         "store_bytes": 128,
         "min_ctas": 1,
     }
@@ -214,6 +215,11 @@ def test_items_that_a_storing_thread_has_at_once(changes, items):
             {"requests_per_cta": 4, "backend": "triton"},
             "requests_per_cta",
             "is for cuda kernels that are not fused; legal: 1",
+        ),
+        (
+            {"deal": True, "requests_per_cta": 4},
+            "deal",
+            "is for cuda kernels that are not fused, with requests_per_cta 1; legal: false",
         ),
     ],
 )

@@ -14,5 +14,5 @@ def plan(
     variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
-    plan = decode_plan(variant, arguments, dimensions)
+    plan = decode_plan(variant, ctas_at_once, arguments, dimensions)
     return plan.with_values(output_is_bf16=arguments.output.element_size() == 2)

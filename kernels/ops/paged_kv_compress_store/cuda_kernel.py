@@ -15,7 +15,7 @@ def plan(
     variant: Variant, ctas_at_once: int, arguments: Arguments, dimensions: Mapping[str, int]
 ) -> GridPlan:
     """The grid, and the values that the host computes."""
-    plan = decode_plan(variant, arguments, dimensions).with_values(
+    plan = decode_plan(variant, ctas_at_once, arguments, dimensions).with_values(
         num_outputs=dimensions["num_rows"]
     )
     return with_rows(plan, arguments, dimensions)

@@ -101,6 +101,7 @@ def test_the_grid_has_ctas_for_every_slice_and_for_the_store(
         ({"head_slice": 16}, 20, 2),
         ({"head_slice": 16, "requests_per_cta": 2}, 12, 2),
         ({"head_slice": 16, "requests_per_cta": 8}, 4, 2),
+        ({"head_slice": 16, "deal": True}, 20, 2),
     ],
     ids=str,
 )
@@ -113,6 +114,13 @@ def test_the_grid_has_ctas_for_the_steps_that_are_done(tuning, reducing, storing
     assert (planned.values["stores"], planned.values["reduces"]) == (storing > 0, reducing > 0)
     found = jobs(storing, planned.ctas, planned.values["storing_share"])
     assert [stores for stores, _ in found].count(True) == storing
+
+
+@pytest.mark.parametrize(("head_slice", "groups"), [(64, 132), (32, 66), (16, 33)])
+def test_a_dealt_grid_reduces_in_as_many_ctas_as_run_at_once(head_slice, groups):
+    call = make([(0, 1)] * 300, **SMALL)
+    planned = plan_of(call, variant_of(call, reduce_warps=8, head_slice=head_slice, deal=True))
+    assert planned.values["reducing"] == groups * 64 // head_slice
 
 
 @pytest.mark.parametrize("work", WORK)

@@ -86,6 +86,7 @@ SCHEDULES = {
     "plain": {},
     "four_requests": {"requests_per_cta": 4, "store_bytes": 256},
     "many_requests": {"requests_per_cta": 32},
+    "dealt": {"deal": True},
     "fused": {"fused": True},
 }
 
@@ -241,6 +242,15 @@ def test_cuda_variants_follow_every_line_of_the_contract(name):
     if head_dim >= 128:
         variants += [scheduled(call.problem, schedule) for schedule in SCHEDULES]
     assert_all_follow_contract(variants, call)
+
+
+@pytest.mark.parametrize(("ratio", "new"), [(128, 4), (4, 3), (4, 0)])
+def test_more_requests_than_ctas(ratio, new):
+    """Requests that close a window are dealt out, those of several chunks of the batch."""
+    spans = [(b * 7 % (2 * ratio), min(new, 1 + b % 4)) for b in range(2500)]
+    call = make(spans, head_dim=128, compress_ratio=ratio, page_size=64, next_n=4, device="cuda")
+    tunings = [{"reduce_warps": warps, "head_slice": 128, "deal": True} for warps in (1, 4, 16)]
+    assert_all_follow_contract([variant_of(call, **tuning) for tuning in tunings], call)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

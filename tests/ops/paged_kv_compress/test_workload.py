@@ -265,7 +265,7 @@ def candidates(one: Problem, backend: str = "cuda", arch: str = "sm_90") -> list
 def test_candidates_can_run_are_unique_and_few(head_dim, ratio, next_n, state_dtype, arch):
     one = problem(head_dim=head_dim, compress_ratio=ratio, next_n=next_n, state_dtype=state_dtype)
     found = candidates(one, arch=arch)
-    assert found and len(set(found)) == len(found) < 120
+    assert found and len(set(found)) == len(found) < 130
     sm_bytes = {"sm_80": 164, "sm_90": 228, "sm_120": 100}[arch] * 1024
     for tuning in found:
         variant = Variant(problem=one, backend="cuda", tuning=tuning)
@@ -307,6 +307,7 @@ WINNERS = [
     (1, 128, {"reduce_warps": 4, "head_slice": 256}),
     (4, 128, {"reduce_warps": 4, "head_slice": 64, "requests_per_cta": 8, "store_bytes": 256,
               "min_ctas": 3}),
+    (4, 128, {"reduce_warps": 8, "head_slice": 64, "deal": True, "min_ctas": 3}),
     (4, 4, {"reduce_warps": 1, "head_slice": 512, "min_ctas": 6}),
     (4, 4, {"reduce_warps": 1, "head_slice": 256, "fused": True, "min_ctas": 8}),
     (4, 4, {"reduce_warps": 1, "head_slice": 256, "requests_per_cta": 4, "min_ctas": 8}),
@@ -342,7 +343,9 @@ def test_no_triton_tile_is_huge():
     assert [tuning.min_ctas for tuning in alike] == [1, 4, 5, 6]
     assert Tuning(reduce_warps=1, head_slice=512) not in found
     assert Tuning(reduce_warps=16, head_slice=64) in found
-    assert not any(t.fused or t.requests_per_cta > 1 or t.store_bytes > 128 for t in found)
+    assert not any(
+        t.fused or t.deal or t.requests_per_cta > 1 or t.store_bytes > 128 for t in found
+    )
 
 
 # ---- the suite and the search --------------------------------------------------------------------

@@ -183,11 +183,13 @@ def test_large_calls_by_the_variants_that_dispatch_chooses(one):
     [
         (128, [{"reduce_warps": 8, "head_slice": 64}, {"reduce_warps": 4, "head_slice": 64},
                {"reduce_warps": 8, "head_slice": 128},
-               {"reduce_warps": 4, "head_slice": 64, "requests_per_cta": 4}]),
+               {"reduce_warps": 4, "head_slice": 64, "requests_per_cta": 4},
+               {"reduce_warps": 4, "head_slice": 128, "deal": True}]),
         (4, [{"reduce_warps": 1, "head_slice": 128}, {"reduce_warps": 1, "head_slice": 512},
              {"reduce_warps": 1, "head_slice": 128, "fused": True},
              {"reduce_warps": 1, "head_slice": 512, "fused": True},
-             {"reduce_warps": 1, "head_slice": 128, "requests_per_cta": 4}]),
+             {"reduce_warps": 1, "head_slice": 128, "requests_per_cta": 4},
+             {"reduce_warps": 1, "head_slice": 512, "deal": True}]),
     ],
 )  # fmt: skip
 def test_every_decode_tuning_gives_the_same_bytes(ratio, tunings):
