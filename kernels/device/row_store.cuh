@@ -70,8 +70,8 @@ __device__ constexpr int most_row_warps() {
   return warps;
 }
 
-// A lane's part of what a row is computed with.
-template <class C, int warps>
+// A lane's part of what a row is computed with. `many_rows`: the weight is held in fp32, for many rows.
+template <class C, int warps, bool many_rows = false>
 struct RowFactors {
   using Row = RowPart<C::head_dim, warps>;
   static constexpr int columns = Row::columns;
@@ -79,12 +79,18 @@ struct RowFactors {
 
   using weight_dtype = choose<C::weight_is_bf16, bf16, float>;
 
-  Vec<weight_dtype, columns> weight;
+  Vec<choose<many_rows, float, weight_dtype>, columns> weight;
   float cosine[columns / 2], sine[columns / 2];
 
   __device__ __forceinline__ void load_weight(const typename C::Params& p) {
     const auto* from = static_cast<const weight_dtype*>(p.weight) + Row::first_column();
-    weight = load_shared_by_ctas<weight_dtype, columns>(from, true);
+    const auto loaded = load_shared_by_ctas<weight_dtype, columns>(from, true);
+    if constexpr (many_rows) {
+#pragma unroll
+      for (int i = 0; i < columns; ++i) weight.word[i] = __float_as_uint(column(loaded, i));
+    } else {
+      weight = loaded;
+    }
   }
 
   // `position` is one that rope_table has.
@@ -142,7 +148,6 @@ template <class C, int warps>
 struct RowStore {
   using Params = typename C::Params;
   using Row = RowPart<C::head_dim, warps>;
-  using Factors = RowFactors<C, warps>;
   static constexpr int columns = Row::columns;
   // Lanes that share the scale of a block; 0: a page holds no scales.
   static constexpr int block_lanes = C::scale_code >= scale_fp32 ? C::block / columns : 0;
@@ -156,7 +161,8 @@ struct RowStore {
 
   // Takes row number `index` to the cache and to the optional outputs. Source: load<N>(column, x) loads N
   // columns of the row from `column` on.
-  template <class Source>
+  // Factors: RowFactors.
+  template <class Source, class Factors>
   __device__ __forceinline__ void run(int index, const Source& source, const Factors& factors) const {
     constexpr bool each_step = C::rounding == round_each_step;
     Row row;

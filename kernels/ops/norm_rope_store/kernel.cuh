@@ -31,7 +31,7 @@ __device__ __forceinline__ void run(const Params& params) {
     const int step = int(gridDim.x) * rows_at_once;
     int index = int(blockIdx.x) * rows_at_once + int(threadIdx.x / row_threads);
     RowMetadata next = load_metadata(params, min_of(index, params.num_rows - 1));
-    RowFactors<C, warps> factors;
+    RowFactors<C, warps, true> factors;
     bool has_weight = false;
     for (; uniform(index < params.num_rows); index += step) {
       const RowPlace place = place_of(params, next);

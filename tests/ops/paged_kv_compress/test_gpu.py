@@ -249,7 +249,7 @@ def test_more_requests_than_ctas(ratio, new):
     """Requests that close a window are dealt out, those of several chunks of the batch."""
     spans = [(b * 7 % (2 * ratio), min(new, 1 + b % 4)) for b in range(2500)]
     call = make(spans, head_dim=128, compress_ratio=ratio, page_size=64, next_n=4, device="cuda")
-    tunings = [{"reduce_warps": warps, "head_slice": 128, "deal": True} for warps in (1, 4, 16)]
+    tunings = [{"reduce_warps": warps, "head_slice": 32, "deal": True} for warps in (1, 4, 16)]
     assert_all_follow_contract([variant_of(call, **tuning) for tuning in tunings], call)
 
 
