@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.bench.plot import plot_kernels
-from kvfold.bench.records import KernelReport, KernelRow, StepReport, load
+from kvfold.bench.plot import plot_kernels, plot_model_step
+from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport, StepReport, load
 from kvfold.codegen import Variant, load_table, op_spec, op_specs
 from kvfold.codegen.documentation import (
     argument_rows,
@@ -32,6 +32,7 @@ RESULTS = ROOT / "bench" / "results" / "h200"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 DECODE, PREFILL = "paged_kv_compress", "prefill_compress"
+DECODE_STORE, PREFILL_STORE = "paged_kv_compress_store", "prefill_compress_store"
 SIZES = (1, 16, 64, 128, 256, 512)
 TOKENS = (1024, 8192, 65536)
 WAYS = ("none", "metadata", "state")  # of prefetch
@@ -67,6 +68,7 @@ def main() -> None:
     for op, name, wanted in (
         (DECODE, "speed.png", _in_speed),
         (PREFILL, "prefill.png", _in_prefill),
+        (DECODE_STORE, "store.png", _in_store),
     ):
         if not (RESULTS / f"{op}.json").exists():
             continue
@@ -74,6 +76,9 @@ def main() -> None:
         rows = [row for row in results.report.rows if wanted(results, row)]
         plot_kernels(replace(results.report, rows=rows), RESULTS / name)
         print(f"drew {name}")
+    if (RESULTS / "model_step.json").exists():
+        plot_model_step(_model_step(), RESULTS / "model_step.png")
+        print("drew model_step.png")
 
 
 def _in_speed(results: "Results", row: KernelRow) -> bool:
@@ -86,6 +91,14 @@ def _in_prefill(results: "Results", row: KernelRow) -> bool:
     """Whether the plot of whole prompts has a row."""
     plain = row.prefetch in ("none", "state") and row.scenario == "whole" and row.size in TOKENS
     return plain and any(results.is_of(row, problem) for problem in SHAPES.values())
+
+
+def _in_store(results: "Results", row: KernelRow) -> bool:
+    """Whether the plot of decode steps that store rows in the cache has a row."""
+    if row.prefetch == "metadata" or row.backend != "cuda":
+        return False
+    of_a_layer = [{}, {"next_n": 1}, {"compress_ratio": 4}, {"compress_ratio": 4, "next_n": 1}]
+    return any(results.is_of(row, one | {"kv_dtype": "fp32"}) for one in of_a_layer)
 
 
 # ---- declarations --------------------------------------------------------------------------------
@@ -503,6 +516,98 @@ def prefill_triton() -> str:
     return markdown(("one prompt, us at tokens", "8192"), iter(lines))
 
 
+# ---- to the cache --------------------------------------------------------------------------------
+
+INDEXER = {"format": "fp8_block128", "rotate": True}
+
+
+def model_step() -> str:
+    """The three store ops of a pair of layers, by next_n and batch."""
+    rows = _model_step().rows
+    lines = [
+        ["kvfold", *(f"{row.median_us:.1f}" for row in rows)],
+        ["the limit", *(f"{row.limit_us:.1f}" for row in rows)],
+    ]
+    for name in rows[0].alone_us:
+        lines.append([f"{name} alone", *(f"{row.alone_us[name]:.1f}" for row in rows)])
+    heads = (f"next_n {row.next_n}, batch {row.batch}" for row in rows)
+    return markdown(("microseconds", *heads), iter(lines))
+
+
+def _model_step() -> ModelStepReport:
+    return load(ModelStepReport, RESULTS / "model_step.json")
+
+
+def decode_store() -> str:
+    """Decode steps that store rows in the cache, with fp32 input, by prefetch."""
+    results, sizes = Results.of(DECODE_STORE), (16, 128, 256)
+    lines = []
+    for name, scenario, problem, options in (
+        ("ratio 128, next_n 1, spread", "spread", {"next_n": 1}, {}),
+        ("ratio 128, next_n 1, all-hit", "all-hit", {"next_n": 1}, {}),
+        ("ratio 128, next_n 4, spread", "spread", {}, {}),
+        ("ratio 128, next_n 4, all-hit", "all-hit", {}, {}),
+        ("ratio 4, next_n 1, spread", "spread", {"compress_ratio": 4, "next_n": 1}, {}),
+        ("ratio 4, next_n 4, all-hit", "all-hit", {"compress_ratio": 4}, {}),
+        ("indexer, next_n 1, spread", "spread",
+         {"compress_ratio": 4, "next_n": 1, "head_dim": 128}, INDEXER),
+        ("indexer, next_n 4, all-hit", "all-hit",
+         {"compress_ratio": 4, "head_dim": 128}, INDEXER),
+    ):  # fmt: skip
+        problem = problem | {"kv_dtype": "fp32"}
+        found = {way: results.chosen(scenario, problem, options, prefetch=way) for way in WAYS}
+        times = [_line("", found[way], sizes, _us2)[1:] for way in ("none", "state")]
+        limits = _line("", found["none"], sizes, _limit)[1:]
+        lines.append([name, " / ".join(limits), *(" / ".join(one) for one in times)])
+    batches = " / ".join(map(str, sizes))
+    heads = (f"us at batch {batches}", "limit", *(f'"{way}"' for way in ("none", "state")))
+    return markdown(heads, iter(lines))
+
+
+def prefill_store() -> str:
+    """Whole prompts whose rows are stored in the cache, against those whose rows are not."""
+    results, plain = Results.of(PREFILL_STORE), Results.of(PREFILL)
+    sizes = (8192, 65536)
+    lines = []
+    for name, problem in SHAPES.items():
+        options = INDEXER if "head_dim" in problem else {}
+        found = results.chosen("whole", problem, options, prefetch="state")
+        lines.append(_line(f"{name}: the limit", found, sizes, _limit))
+        lines.append(_line(f"{name}: `{PREFILL_STORE}`", found, sizes, _us))
+        found = plain.chosen("whole", problem, prefetch="state")
+        lines.append(_line(f"{name}: `{PREFILL}`", found, sizes, _us))
+    return markdown(("one prompt, us at tokens", *map(str, sizes)), iter(lines))
+
+
+def rows() -> str:
+    """norm_rope_store over rows, by format."""
+    results, sizes = Results.of("norm_rope_store"), (16, 512, 16384)
+    lines = []
+    for head_dim, name, options in (
+        (512, "mixed_584", {}),
+        (512, "bf16", {"format": "bf16"}),
+        (512, "fp8_528", {"format": "fp8_528"}),
+        (512, "fp4_288", {"format": "fp4_288"}),
+        (128, "fp8_block128, rotate", INDEXER),
+        (128, "mxfp4, rotate", {"format": "mxfp4", "rotate": True}),
+    ):
+        problem = {"head_dim": head_dim}
+        early = results.chosen("store", problem, options, prefetch="metadata")
+        lines.append(_line(f"head_dim {head_dim}, {name}", early, sizes, _us2))
+    triton = results.chosen("store", by="override", backend="triton")
+    lines.append(_line("head_dim 512, mixed_584, Triton", triton, sizes, _us2))
+    return markdown(("us at rows", *map(str, sizes)), iter(lines))
+
+
+def located() -> str:
+    """locate_rows over output rows."""
+    results, sizes = Results.of("locate_rows"), (64, 512, 4096, 32768)
+    lines = [
+        _line(scenario, results.chosen(scenario), sizes, _us2) for scenario in ("decode", "prompts")
+    ]
+    return markdown(("us at rows", *map(str, sizes)), iter(lines))
+
+
 # ---- a step --------------------------------------------------------------------------------------
 
 
@@ -546,6 +651,11 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "prefill-cases": prefill_cases,
     "prefill-decode": prefill_decode,
     "prefill-triton": prefill_triton,
+    "model-step": model_step,
+    "decode-store": decode_store,
+    "prefill-store": prefill_store,
+    "rows": rows,
+    "located": located,
     "step": step,
 }
 
