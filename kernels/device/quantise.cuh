@@ -61,6 +61,21 @@ __device__ __forceinline__ uint32 encode_e2m1(float value) {
   return a == a ? code : 7u;
 }
 
+// Two columns, the first in the low half; with the instruction where there is one.
+template <bool ties_down>
+__device__ __forceinline__ uint32 encode_pair_e2m1(float low, float high) {
+#ifdef __CUDA_ARCH_FAMILY_SPECIFIC__
+  if constexpr (!ties_down) {
+    unsigned short pair;
+    asm("{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, %1, %2; cvt.u16.u8 %0, pair; }"
+        : "=h"(pair)
+        : "f"(high), "f"(low));
+    return pair;
+  }
+#endif
+  return encode_e2m1<ties_down>(low) | encode_e2m1<ties_down>(high) << 4;
+}
+
 // ---- Scales -------------------------------------------------------------------------------------
 
 // The scale of a block: its code in the page, its value, and 1 / value if that is exact.

@@ -296,8 +296,8 @@ struct RowStore {
   static __device__ __forceinline__ void write_fp4(uint8* at, const Row& row) {
     uint32 word[(columns + 7) / 8] = {};
 #pragma unroll
-    for (int i = 0; i < columns; ++i)
-      word[i / 8] |= encode_e2m1<C::ties_down>(row.x[i]) << 4 * (i % 8);
+    for (int i = 0; i < columns; i += 2)
+      word[i / 8] |= encode_pair_e2m1<C::ties_down>(row.x[i], row.x[i + 1]) << 4 * (i % 8);
     store_bytes<columns / 2>(at, word);
   }
 

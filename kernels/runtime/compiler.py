@@ -101,7 +101,13 @@ def _header(name: str) -> str:
 
 def options(arch: str) -> tuple[str, ...]:
     """What NVRTC is called with."""
-    return ("--std=c++17", f"--gpu-architecture={arch}", "--ptxas-options=-v")
+    return ("--std=c++17", f"--gpu-architecture={_target(arch)}", "--ptxas-options=-v")
+
+
+def _target(arch: str) -> str:
+    """What to compile for: 'sm_100f' for 'sm_100', to have the instructions of its family too."""
+    number = arch.removeprefix("sm_")
+    return f"{arch}f" if number.isdigit() and int(number) >= 100 else arch
 
 
 def compile_variant(variant: Variant, arch: str) -> Compiled:

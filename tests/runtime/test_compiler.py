@@ -89,6 +89,30 @@ def test_shipped_variants_compile_without_spills(arch, variant):
     assert compiled.spill_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("arch", "target"),
+    [("sm_80", "sm_80"), ("sm_90", "sm_90"), ("sm_90a", "sm_90a"), ("sm_100", "sm_100f"),
+     ("sm_100a", "sm_100a"), ("sm_121", "sm_121f")],
+)  # fmt: skip
+def test_an_architecture_of_a_family_has_its_instructions(arch, target):
+    assert f"--gpu-architecture={target}" in compiler.options(arch)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("arch", "has_family"), [("sm_90", False), ("sm_100", True)])
+def test_device_code_knows_whether_it_has_them(arch, has_family):
+    """device/quantise.cuh asks for this macro."""
+    source = """
+#ifdef __CUDA_ARCH_FAMILY_SPECIFIC__
+extern "C" __global__ void family() {}
+#else
+extern "C" __global__ void plain() {}
+#endif
+"""
+    compiled = compiler.compile_source("family", source, {}, arch)
+    assert (b"family" in compiled.cubin, b"plain" in compiled.cubin) == (has_family, not has_family)
+
+
 @needs_nvrtc
 def test_spills_are_reported():
     source = """
