@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from kvfold.ops.paged_kv_compress.check import check
     from kvfold.ops.paged_kv_compress.op import paged_kv_compress
     from kvfold.ops.prefill_compress.op import prefill_compress
+    from kvfold.state import live_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
     "check",
+    "live_rows",
     "locate_rows",
     "norm_rope_store",
     "paged_kv_compress",
@@ -29,9 +31,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `check`, an op's function, or a submodule."""
+    """Loads `check`, `live_rows`, an op's function, or a submodule."""
     if name == "check":
         return importlib.import_module("kvfold.ops.paged_kv_compress.check").check
+    if name == "live_rows":
+        return importlib.import_module("kvfold.state").live_rows
     from kvfold.codegen import op_specs
 
     if name in op_specs():
