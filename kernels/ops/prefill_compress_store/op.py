@@ -75,7 +75,7 @@ def prefill_compress_store(
     _op(
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, kv_lens,
         cu_seq_lens, cu_outputs, weight, rope_table, positions, slots, cache, compress_ratio,
-        eps, rows_per_page, format, DTYPE_NAMES.get(row_dtype, row_dtype),
+        eps, rows_per_page, format, DTYPE_NAMES.get(row_dtype, str(row_dtype)),
         write_state=write_state, max_rollback=max_rollback, state_period=state_period,
         rounding=rounding, rotate=rotate, scale=scale, latent_out=latent_out,
         rows_out=rows_out, codes_out=codes_out, scales_out=scales_out, prefetch=prefetch,

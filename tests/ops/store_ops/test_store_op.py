@@ -132,6 +132,14 @@ def test_optional_tensors_may_be_left_out(op):
 
 
 @BOTH_OPS
+@pytest.mark.parametrize("row_dtype", [torch.float16, torch.int32])
+def test_another_row_dtype_is_named(op, row_dtype):
+    args, kwargs = small(op).args_and_kwargs()
+    with pytest.raises(ValueError, match=f"row_dtype is '{row_dtype}'; accepted: 'bf16', 'fp32'"):
+        getattr(kvfold, op)(*args[:-1], row_dtype, **kwargs)
+
+
+@BOTH_OPS
 @pytest.mark.parametrize("row_dtype", FLOATS)
 def test_row_dtype_is_a_torch_dtype_and_torch_ops_take_its_name(op, row_dtype):
     call = small(op, row_dtype=row_dtype)
