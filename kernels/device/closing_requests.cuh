@@ -44,7 +44,8 @@ template <class C>
 class DealtRequests {
  public:
   static constexpr int warps = C::threads / 32;
-  static constexpr int words = min_of(32, 8 * warps);  // of 32 requests, that are checked at once
+  static constexpr int each = min_of(8, 32 / warps);  // requests that a thread checks at once
+  static constexpr int words = each * warps;          // of 32 requests; a lane keeps one
   static constexpr int shared_bytes = 32 * int(sizeof(uint32));
 
   __device__ __forceinline__ DealtRequests(const typename C::Params& params, int number, int ctas,
@@ -83,7 +84,6 @@ class DealtRequests {
  private:
   // Checks the requests from `first` on. Lane i gets those number 32 * i to 32 * i + 31.
   __device__ __forceinline__ void check() {
-    constexpr int each = words / warps;
     Lengths lengths[each];
 #pragma unroll
     for (int k = 0; k < each; ++k)

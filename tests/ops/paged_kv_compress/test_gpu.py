@@ -253,6 +253,15 @@ def test_more_requests_than_ctas(ratio, new):
     assert_all_follow_contract([variant_of(call, **tuning) for tuning in tunings], call)
 
 
+def test_more_requests_than_ctas_of_five_warps():
+    """The warps of a CTA check as many requests as they can each have alike."""
+    spans = [(b * 7 % 8, 1 + b % 2) for b in range(1200)]
+    call = make(spans, head_dim=640, compress_ratio=4, page_size=64, next_n=2, device="cuda")
+    variant = variant_of(call, reduce_warps=1, head_slice=640, deal=True)
+    assert variant.launch.threads == 160
+    assert_all_follow_contract([variant], call)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", RELATIONS)
 def test_modes_agree_to_the_bit(name, schedule):
