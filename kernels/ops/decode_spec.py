@@ -153,10 +153,9 @@ def explain(problem: DecodeProblem, backend: str, tuning: Tuning, batch: int) ->
     warps = tuning.reduce_warps
     share = "1 warp reads" if warps == 1 else f"{warps} warps share"
     each = f"groups of {tuning.requests_per_cta} requests" if groups < batch else "requests"
-    if tuning.deal:
-        each = "requests, or as many CTAs as run at once,"
+    most = ", or as many as run at once," if tuning.deal else ""
     return (
-        f"{groups * per_request} CTAs that {'store and ' if tuning.fused else ''}reduce ="
+        f"{groups * per_request} CTAs{most} that {'store and ' if tuning.fused else ''}reduce ="
         f" {groups} {each} x {per_request} slices of {tuning.head_slice} columns; {share} the rows"
         " of a window"
     )
