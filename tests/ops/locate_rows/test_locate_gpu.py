@@ -5,6 +5,7 @@ from functools import partial
 import gate
 import pytest
 import torch
+from graphs import captured
 from locate_calls import (
     CASES,
     MUTATED,
@@ -134,22 +135,7 @@ def test_a_first_call_can_be_captured_and_replayed_with_other_metadata(first_use
         for seed, s in enumerate(spans)
     ]
     calls += [call.with_nonsense(0.5, seed) for seed, call in enumerate(calls)]
-    static = calls[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_op(static)
-
-    def replay(call: Call) -> None:
-        tensors = [
-            (mine, value)
-            for mine, value in zip(static.args(), call.args(), strict=True)
-            if isinstance(mine, torch.Tensor)
-        ]
-        for mine, value in tensors:
-            mine.copy_(value)
-        graph.replay()
-        for mine, value in tensors:
-            value.copy_(mine)
+    replay = captured(run_op, calls[0])
 
     for call in [*calls, calls[0]]:
         assert_follows_contract(replay, call)

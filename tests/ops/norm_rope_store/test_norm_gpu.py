@@ -8,6 +8,7 @@ import gate
 import numpy as np
 import pytest
 import torch
+from graphs import captured
 from norm_calls import (
     FLOATS,
     HEAD_DIMS,
@@ -435,23 +436,7 @@ def test_a_first_call_can_be_captured_and_replayed_with_other_values(first_use, 
         make(num_rows=50, outputs=outputs, skipped=0.3, seed=seed, device="cuda")
         for seed in range(4)
     ]
-    static = calls[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_op(static)
-
-    def replay(call: Call) -> None:
-        """Rows, slots, positions and outputs are those of the call."""
-        tensors = [
-            (mine, value)
-            for mine, value in zip(static.args(), call.args(), strict=True)
-            if isinstance(mine, torch.Tensor)
-        ]
-        for mine, value in tensors:
-            mine.copy_(value)
-        graph.replay()
-        for mine, value in tensors:
-            value.copy_(mine)
+    replay = captured(run_op, calls[0])
 
     for call in [*calls, calls[0]]:
         assert_stores(replay, call, by_reference(call))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from calls import MUTATED, PREFETCH, WORK, Call, decode_step, make, random_call
 from contract import CASES, assert_follows_contract, oracle
+from graphs import captured
 from mode_relations import RELATIONS
 from numerics import assert_same_bits
 from rings import RINGS, decoding, each
@@ -540,22 +541,7 @@ def capture_and_replay_with_other_lengths(**mode) -> None:
         replace(call_of(one, spans=spans, page_size=8, reserve=2, seed=seed), **mode)
         for seed, spans in enumerate([[(9, 3), (8, 3), (0, 0)], [(1, 3), (11, 3), (0, 0)]])
     ]
-    static = steps[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_op(static)
-
-    def replay(call: Call) -> None:
-        tensors = [
-            (mine, value)
-            for mine, value in zip(static.args(), call.args(), strict=True)
-            if isinstance(mine, torch.Tensor)
-        ]
-        for mine, value in tensors:
-            mine.copy_(value)
-        graph.replay()
-        for mine, value in tensors:
-            value.copy_(mine)
+    replay = captured(run_op, steps[0])
 
     shapes = [[x.shape for x in step.args() if isinstance(x, torch.Tensor)] for step in steps]
     assert shapes[0] == shapes[1]

@@ -9,6 +9,7 @@ import gate
 import numpy as np
 import pytest
 import torch
+from graphs import captured
 from numerics import assert_rows_close, assert_same_bits
 from prefill_backends import Backend, cuda_variant, decode_op, run_op, run_variant, triton_variant
 from prefill_calls import MUTATED, Call, Prefill, make, random_call
@@ -348,22 +349,7 @@ def test_a_first_call_can_be_captured_and_replayed_with_other_lengths(
         call_of(one, spans=s, page_size=8, reserve=40, write_state=write_state, seed=seed)
         for seed, s in enumerate(spans)
     ]
-    static = calls[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_op(static)
-
-    def replay(call: Call) -> None:
-        tensors = [
-            (mine, value)
-            for mine, value in zip(static.args(), call.args(), strict=True)
-            if isinstance(mine, torch.Tensor)
-        ]
-        for mine, value in tensors:
-            mine.copy_(value)
-        graph.replay()
-        for mine, value in tensors:
-            value.copy_(mine)
+    replay = captured(run_op, calls[0])
 
     shapes = [[x.shape for x in call.args() if isinstance(x, torch.Tensor)] for call in calls]
     assert all(shape == shapes[0] for shape in shapes)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graphs import captured
 from numerics import assert_same_bits
 from store_calls import (
     ALL_OUTPUTS,
@@ -246,22 +247,7 @@ def test_a_captured_call_can_be_replayed_with_other_metadata(one):
     ]
     shapes = [[x.shape for x in call.args() if isinstance(x, torch.Tensor)] for call in calls]
     assert all(shape == shapes[0] for shape in shapes)
-    static = calls[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_op(static)
-
-    def replay(call: StoreCall) -> None:
-        pairs = [
-            (mine, value)
-            for mine, value in zip(static.args(), call.args(), strict=True)
-            if isinstance(mine, torch.Tensor)
-        ]
-        for mine, value in pairs:
-            mine.copy_(value)
-        graph.replay()
-        for mine, value in pairs:
-            value.copy_(mine)
+    replay = captured(run_op, calls[0])
 
     for call in [*calls, calls[0]]:
         assert call.stored().any()
