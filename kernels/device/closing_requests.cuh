@@ -5,11 +5,12 @@
 #pragma once
 #include "device/request.cuh"
 
-// Whether a request of a decode step closes a window.
+// Whether a request of a decode step exists and closes a window.
 template <class C>
-__device__ __forceinline__ bool closes_window(const typename C::Params& p, int index) {
+__device__ __forceinline__ bool closes_window(const typename C::Params& p, int index,
+                                              const Lengths& lengths) {
   Request request;
-  return read_request<C>(p, index, load_lengths(p, index), request) && request.windows > 0;
+  return index < p.batch && read_request<C>(p, index, lengths, request) && request.windows > 0;
 }
 
 template <class C>
@@ -23,8 +24,8 @@ class NeighbouringRequests {
     if constexpr (C::requests_per_cta > 1) {
       // Each lane checks one request, so that those that close nothing cost one load latency.
       const int lane = int(threadIdx.x % 32);
-      const bool closes = lane < C::requests_per_cta && first + lane < p.batch &&
-                          closes_window<C>(p, first + lane);
+      const Lengths lengths = load_lengths(p, min_of(first + lane, p.batch - 1));
+      const bool closes = lane < C::requests_per_cta && closes_window<C>(p, first + lane, lengths);
       closing = __ballot_sync(all_lanes, closes);
     }
   }
@@ -92,10 +93,7 @@ class DealtRequests {
 #pragma unroll
     for (int k = 0; k < each; ++k) {
       const int index = first + k * C::threads + int(threadIdx.x);
-      Request request;
-      const bool closes =
-          index < p.batch && read_request<C>(p, index, lengths[k], request) && request.windows > 0;
-      const uint32 bits = __ballot_sync(all_lanes, closes);
+      const uint32 bits = __ballot_sync(all_lanes, closes_window<C>(p, index, lengths[k]));
       if (threadIdx.x % 32 == 0) shared[k * warps + threadIdx.x / 32] = bits;
     }
     __syncthreads();
