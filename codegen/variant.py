@@ -139,6 +139,14 @@ class Group:
         return f"{self.problem}, {self.backend}, arch {self.arch}"
 
 
+def check_min_ctas(tuning: Any, threads: int) -> None:
+    """Raises TableError unless every SM takes min_ctas CTAs of so many threads."""
+    most = gpu.SM_THREADS // threads
+    if tuning.min_ctas > most:
+        what = f"is more CTAs of {threads} threads than an SM takes"
+        raise refuse(tuning, "min_ctas", what, range(1, most + 1))
+
+
 def refuse(fields: FieldSet, name: str, what: str, legal: Any) -> TableError:
     """The TableError for a field whose value is legal alone and not with the others."""
     words = legal if isinstance(legal, str) else in_words(legal)

@@ -540,7 +540,7 @@ def _model_step() -> ModelStepReport:
 
 def decode_store() -> str:
     """Decode steps that store rows in the cache, with fp32 input, by prefetch."""
-    results, sizes = Results.of(DECODE_STORE), (16, 128, 256)
+    results, sizes, ways = Results.of(DECODE_STORE), (16, 128, 256), ("none", "state")
     lines = []
     for name, scenario, problem, options in (
         ("ratio 128, next_n 1, spread", "spread", {"next_n": 1}, {}),
@@ -555,12 +555,12 @@ def decode_store() -> str:
          {"compress_ratio": 4, "head_dim": 128}, INDEXER),
     ):  # fmt: skip
         problem = problem | {"kv_dtype": "fp32"}
-        found = {way: results.chosen(scenario, problem, options, prefetch=way) for way in WAYS}
-        times = [_line("", found[way], sizes, _us2)[1:] for way in ("none", "state")]
-        limits = _line("", found["none"], sizes, _limit)[1:]
+        found = [results.chosen(scenario, problem, options, prefetch=way) for way in ways]
+        times = [_line("", one, sizes, _us2)[1:] for one in found]
+        limits = _line("", found[0], sizes, _limit)[1:]
         lines.append([name, " / ".join(limits), *(" / ".join(one) for one in times)])
     batches = " / ".join(map(str, sizes))
-    heads = (f"us at batch {batches}", "limit", *(f'"{way}"' for way in ("none", "state")))
+    heads = (f"us at batch {batches}", "limit", *(f'"{way}"' for way in ways))
     return markdown(heads, iter(lines))
 
 

@@ -29,13 +29,13 @@ __all__ = [
     "prefill_compress",
 ]
 
+_MODULES = {"check": "kvfold.ops.paged_kv_compress.check", "live_rows": "kvfold.state"}
+
 
 def __getattr__(name: str) -> Any:
-    """Loads `check`, `live_rows`, an op's function, or a submodule."""
-    if name == "check":
-        return importlib.import_module("kvfold.ops.paged_kv_compress.check").check
-    if name == "live_rows":
-        return importlib.import_module("kvfold.state").live_rows
+    """Loads a function of _MODULES, an op's function, or a submodule."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     from kvfold.codegen import op_specs
 
     if name in op_specs():

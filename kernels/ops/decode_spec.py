@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from kvfold import codegen
 from kvfold.codegen import Launch, flag, integer, scalar
 from kvfold.codegen.fields import POSITIVE
-from kvfold.codegen.gpu import MAX_THREADS, SM_REGISTERS, SM_THREADS
-from kvfold.codegen.variant import refuse
+from kvfold.codegen.gpu import MAX_THREADS, SM_REGISTERS
+from kvfold.codegen.variant import check_min_ctas, refuse
 from kvfold.device.window_shape import ITEM_BYTES, slices, vector
 from kvfold.ops.state_spec import PARAMS, WARPS, StateProblem, ape_in_state_field, window_shape
 
@@ -101,9 +101,7 @@ def launch(problem: DecodeProblem, backend: str, tuning: Tuning) -> Launch:
         most = MAX_THREADS * tuning.reduce_warps // threads
         what = f"makes a CTA of {threads} threads, more than {MAX_THREADS}"
         raise refuse(tuning, "reduce_warps", what, [warps for warps in WARPS if warps <= most])
-    if tuning.min_ctas > SM_THREADS // threads:
-        what = f"is more CTAs of {threads} threads than an SM takes"
-        raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // threads + 1))
+    check_min_ctas(tuning, threads)
     if tuning.fused and (backend != "cuda" or shape.group_leaves > 1 or threads != shape.lanes):
         what = "needs cuda, and one thread that holds all rows of a window"
         raise refuse(tuning, "fused", what, (False,))

@@ -10,8 +10,8 @@ from typing import Any
 from kvfold import codegen
 from kvfold.codegen import Launch, integer, scalar
 from kvfold.codegen.fields import POSITIVE
-from kvfold.codegen.gpu import MAX_THREADS, SM_THREADS
-from kvfold.codegen.variant import refuse
+from kvfold.codegen.gpu import MAX_THREADS
+from kvfold.codegen.variant import check_min_ctas, refuse
 from kvfold.device.window_shape import ITEM_BYTES, QUAD_ROWS, WindowShape, slices, vector
 from kvfold.ops.state_spec import (
     PARAMS,
@@ -131,9 +131,7 @@ def launch(problem: PrefillProblem, backend: str, tuning: Tuning) -> Launch:
         few = shape.group_quads * QUAD_ROWS * tuning.reduce_warps // MAX_ROWS
         what = f"gives a thread {shape.group_quads * QUAD_ROWS} rows, more than {MAX_ROWS}"
         raise refuse(tuning, "reduce_warps", what, [warps for warps in WARPS if warps >= few])
-    if tuning.min_ctas > SM_THREADS // shape.threads:
-        what = f"is more CTAs of {shape.threads} threads than an SM takes"
-        raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // shape.threads + 1))
+    check_min_ctas(tuning, shape.threads)
     return Launch(
         threads=shape.threads,
         shared_bytes=shared_bytes(problem, tuning, shape),

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvfold import codegen
 from kvfold.codegen import Launch, OpSpec, dtype, integer, scalar, tensor
-from kvfold.codegen.gpu import SM_THREADS
-from kvfold.codegen.variant import refuse
+from kvfold.codegen.variant import check_min_ctas, refuse
 from kvfold.ops.row_spec import (
     HEAD_DIMS,
     ROW_CONSTANTS,
@@ -100,9 +99,7 @@ def launch(problem: Problem, backend: str, tuning: Tuning) -> Launch:
     if tuning.row_warps > most:
         what = f"is more than {most}, of {tuning.warps} warps and {problem.head_dim} columns"
         raise refuse(tuning, "row_warps", what, f"{most} or less")
-    if tuning.min_ctas > SM_THREADS // threads:
-        what = f"CTAs of {threads} threads are more than an SM takes"
-        raise refuse(tuning, "min_ctas", what, range(1, SM_THREADS // threads + 1))
+    check_min_ctas(tuning, threads)
     return Launch(threads=threads, min_ctas=tuning.min_ctas)
 
 
