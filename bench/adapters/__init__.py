@@ -1,0 +1,1 @@
+"""What an adapter costs on the host, beyond the op that it calls."""
