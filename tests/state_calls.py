@@ -65,6 +65,8 @@ class Guarded:
         spoil(call.block_table_score, [*ends, -1, num_pages])
         spoil(call.kv_lens, ends + near)
         spoil(call.cu_seq_lens, ends + near)
+        if getattr(call, "new_tokens", None) is not None:
+            spoil(call.new_tokens, ends + near)
         spoil(call.cu_outputs, [*ends, num_outputs, num_outputs + 1])
         return call
 

@@ -17,9 +17,26 @@ struct Lengths {
   int begin, end;  // rows of kv_score that are the request's
 };
 
+// The op has an argument new_tokens, and the call may give it.
+template <class Params>
+__device__ __forceinline__ auto counts_of(const Params& p, int) -> decltype(p.new_tokens) {
+  return p.new_tokens;
+}
+template <class Params>
+__device__ __forceinline__ const int* counts_of(const Params&, long) {
+  return nullptr;
+}
+
 template <class Params>
 __device__ __forceinline__ Lengths load_lengths(const Params& p, int index) {
-  return {p.kv_lens[index], p.cu_seq_lens[index], p.cu_seq_lens[index + 1]};
+  Lengths lengths = {p.kv_lens[index], p.cu_seq_lens[index], 0};
+  if (const int* counts = counts_of(p, 0)) {
+    // Where the unsigned sum wraps around, `end` is below `begin`, and the request is skipped.
+    lengths.end = int(uint32(lengths.begin) + uint32(counts[index]));
+  } else {
+    lengths.end = p.cu_seq_lens[index + 1];
+  }
+  return lengths;
 }
 
 // Returns false if the metadata cannot be those of a request. Such a request is skipped.

@@ -54,6 +54,8 @@ def expected(
     before_kv, before_score = paged_kv.clone(), paged_score.clone()
     for b, length in enumerate(a.kv_lens.tolist()):
         begin, end = cu_seq_lens[b], cu_seq_lens[b + 1]
+        if getattr(a, "new_tokens", None) is not None:
+            end = begin + int(a.new_tokens[b])
         new = end - begin
         most = length if most_new is None else min(most_new, length)
         if begin < 0 or end > num_tokens or not 0 <= new <= most:

@@ -38,13 +38,18 @@ class Requests:
 
     @classmethod
     def read(
-        cls, kv_lens: Tensor, cu_seq_lens: Tensor, num_tokens: int, next_n: int | None = None
+        cls,
+        kv_lens: Tensor,
+        cu_seq_lens: Tensor,
+        num_tokens: int,
+        next_n: int | None = None,
+        new_tokens: Tensor | None = None,
     ) -> Requests:
         """Reads the metadata. A request with more than next_n new tokens makes no sense."""
         # In 64 bits, in which no sum of int32 metadata overflows.
-        begin, end, length = cu_seq_lens[:-1].long(), cu_seq_lens[1:].long(), kv_lens.long()
-        new = end - begin
-        valid = (begin >= 0) & (end <= num_tokens) & (new >= 0) & (new <= length)
+        begin, length = cu_seq_lens[:-1].long(), kv_lens.long()
+        new = cu_seq_lens[1:].long() - begin if new_tokens is None else new_tokens.long()
+        valid = (begin >= 0) & (begin + new <= num_tokens) & (new >= 0) & (new <= length)
         if next_n is not None:
             valid &= new <= next_n
         new = torch.where(valid, new, 0)
@@ -111,7 +116,7 @@ def run(arguments: Any, output: Tensor, requests: Requests, stored: Stored) -> T
 def run_decode(arguments: Any, output: Tensor) -> Tensor:
     """Runs a decode op: every new row is stored. Arguments and result as those of `run`."""
     a = arguments
-    requests = Requests.read(a.kv_lens, a.cu_seq_lens, a.kv_score.size(0), a.next_n)
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, a.kv_score.size(0), a.next_n, a.new_tokens)
     return run(a, output, requests, lambda request, position: torch.ones_like(position).bool())
 
 

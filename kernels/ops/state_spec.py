@@ -121,6 +121,19 @@ class MetadataTensors(codegen.Arguments):
 
 
 @dataclass(frozen=True)
+class NewTokensTensor(codegen.Arguments):
+    """The new tokens of each request, for a call whose cu_seq_lens do not say them."""
+
+    new_tokens: Tensor | None = tensor(
+        "batch",
+        "int32",
+        optional=True,
+        help="new tokens per request, the first from row cu_seq_lens[b] on; None: all rows up to"
+        " cu_seq_lens[b + 1]",
+    )
+
+
+@dataclass(frozen=True)
 class RatioScalar(codegen.Arguments):
     """The first scalar."""
 

@@ -60,6 +60,7 @@ def filled_rows(arguments: Any) -> Tensor:
     known = (request >= 0) & (request < len(a.kv_lens))
     request = request.clamp(0, len(a.kv_lens) - 1)
     number = row - first[request]
-    requests = Requests.read(a.kv_lens, a.cu_seq_lens, len(a.kv_score), getattr(a, "next_n", None))
+    decode_only = (getattr(a, name, None) for name in ("next_n", "new_tokens"))
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, len(a.kv_score), *decode_only)
     closing = (requests.length // ratio - requests.start // ratio)[request]
     return known & (row < first[request + 1]) & (number >= 0) & (number < closing)

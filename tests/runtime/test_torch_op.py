@@ -189,7 +189,7 @@ def test_a_repeated_call_gets_a_null_pointer_for_a_tensor_that_is_absent(name, n
     _, _, scalars = split_of(op)
     optional = [one.name for one in declared_of(op)[1]]
     launches = {}
-    for names in ((), optional, optional[:1], optional[1:]):
+    for names in {(), tuple(optional), tuple(optional[:1]), tuple(optional[1:])}:
         tensors = tensors_of(op, *names)
         key = op._key("direct", tensors, scalars)
         assert not op._launch_again(key, tensors)  # each combination is a call of its own

@@ -23,6 +23,7 @@ def locate_rows(
     token_slots: Tensor | None = None,
     num_tokens: int | None = None,
     next_n: int | None = None,
+    new_tokens: Tensor | None = None,
 ) -> None:
     """Finds the position and the cache slot of every output row that a window fills.
 
@@ -62,6 +63,8 @@ def locate_rows(
         next_n: as in paged_kv_compress, a request with more new tokens is skipped. None or -1: no
             bound. Without bounds, too, a request is skipped if cu_seq_lens is negative or decreases
             or if it has more new tokens than kv_lens.
+        new_tokens: [batch], int32: how many new tokens each request has, if not all up to
+            cu_seq_lens[b + 1]; as in paged_kv_compress.
 
     Raises:
         ValueError: an argument's type, shape, dtype, device, strides, memory or value is not
@@ -73,5 +76,5 @@ def locate_rows(
         kv_lens, cu_seq_lens, cu_outputs, positions, slots, compress_ratio, rows_per_page,
         num_tokens=UNBOUNDED if num_tokens is None else num_tokens,
         next_n=UNBOUNDED if next_n is None else next_n,
-        block_table_cache=block_table_cache, token_slots=token_slots,
+        block_table_cache=block_table_cache, token_slots=token_slots, new_tokens=new_tokens,
     )  # fmt: skip

@@ -19,7 +19,7 @@ def run(arguments: Arguments) -> None:
         arguments: checked; kvfold.locate_rows documents them.
     """
     a, ratio = arguments, arguments.compress_ratio
-    requests = Requests.read(a.kv_lens, a.cu_seq_lens, *token_bounds(a))
+    requests = Requests.read(a.kv_lens, a.cu_seq_lens, *token_bounds(a), a.new_tokens)
     # In 64 bits, in which no sum of int32 metadata overflows.
     reserved = a.cu_outputs.long()
     num_outputs, batch = a.positions.numel(), a.kv_lens.numel()

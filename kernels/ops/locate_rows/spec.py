@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvfold import codegen
 from kvfold.codegen import Launch, OpSpec, integer, scalar, tensor
 from kvfold.codegen.fields import POSITIVE
+from kvfold.ops.state_spec import NewTokensTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +37,8 @@ class Tuning(codegen.Tuning):
 
 
 @dataclass(frozen=True)
-class Arguments(codegen.Arguments):
-    """The arguments of locate_rows."""
+class RowsArguments(codegen.Arguments):
+    """The arguments of locate_rows, but for new_tokens."""
 
     kv_lens: Tensor = tensor("batch", "int32", help="tokens per request after this call")
     cu_seq_lens: Tensor = tensor(
@@ -83,6 +84,11 @@ class Arguments(codegen.Arguments):
         optional=True,
         help="each new token's slot; a row gets that of its window's last token",
     )
+
+
+@dataclass(frozen=True)
+class Arguments(NewTokensTensor, RowsArguments):
+    """The arguments of locate_rows."""
 
 
 def problem_of(

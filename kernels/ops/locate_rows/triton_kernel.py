@@ -25,6 +25,7 @@ def launch(variant: Variant, arguments: Arguments) -> None:
         a.kv_lens,
         a.cu_seq_lens,
         a.cu_outputs,
+        a.new_tokens,
         a.positions,
         a.slots,
         source,
@@ -69,6 +70,7 @@ def _owner_of(row, cu_outputs, batch, search_steps):
         "kv_lens",
         "cu_seq_lens",
         "cu_outputs",
+        "new_tokens",
         "positions",
         "slots",
         "source",
@@ -87,6 +89,7 @@ def _kernel(
     kv_lens,
     cu_seq_lens,
     cu_outputs,
+    new_tokens,  # or None
     positions,
     slots,
     source,  # block_table_cache or token_slots
@@ -111,9 +114,12 @@ def _kernel(
     # Which requests are skipped is as in Requests.read of ops/state_reference.py.
     length = tl.load(kv_lens + request, mask=owned, other=-1).to(tl.int64)
     begin = tl.load(cu_seq_lens + request, mask=owned, other=0).to(tl.int64)
-    end = tl.load(cu_seq_lens + request + 1, mask=owned, other=0).to(tl.int64)
-    new = end - begin
-    valid = (begin >= 0) & (end <= most_tokens) & (new >= 0)
+    if new_tokens is None:
+        end = tl.load(cu_seq_lens + request + 1, mask=owned, other=0).to(tl.int64)
+        new = end - begin
+    else:
+        new = tl.load(new_tokens + request, mask=owned, other=-1).to(tl.int64)
+    valid = (begin >= 0) & (begin + new <= most_tokens) & (new >= 0)
     valid &= (new <= length) & (new <= most_new)
     length = tl.where(valid, length, 0)
     start = length - tl.where(valid, new, 0)

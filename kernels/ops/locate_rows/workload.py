@@ -129,6 +129,8 @@ def expected(arguments: Arguments) -> Mapping[str, Tensor]:
         positions[row] = slots[row] = -1
     for b, length in enumerate(a.kv_lens.tolist()):
         begin, end = tokens[b], tokens[b + 1]
+        if a.new_tokens is not None:
+            end = begin + int(a.new_tokens[b])
         new = end - begin
         if begin < 0 or not 0 <= new <= length or (num_tokens is not None and end > num_tokens):
             continue

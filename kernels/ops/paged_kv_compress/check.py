@@ -26,6 +26,7 @@ def check(
     *,
     ape_in_state: bool = True,
     work: str = "all",
+    new_tokens: Tensor | None = None,
 ) -> None:
     """Checks the arguments of `paged_kv_compress` and the metadata in them.
 
@@ -43,6 +44,7 @@ def check(
     arguments = Arguments(
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output, kv_lens,
         cu_seq_lens, cu_outputs, compress_ratio, next_n, ape_in_state=ape_in_state, work=work,
+        new_tokens=new_tokens,
     )  # fmt: skip
     call = check_arguments(SPEC, arguments)
     num_pages, page_size = call.dimensions["num_pages"], call.dimensions["page_size"]
@@ -50,17 +52,21 @@ def check(
     overlap = call.dimensions["state_dim"] != call.dimensions["head_dim"]
     stores, reduces = work != "reduce", work != "store"
     tokens, outputs = cu_seq_lens.tolist(), cu_outputs.tolist()
+    counts = None if new_tokens is None else new_tokens.tolist()
     tables = {"block_table_kv": block_table_kv.cpu(), "block_table_score": block_table_score.cpu()}
     writers: dict[tuple[str, int], int] = {}  # (table, physical page) -> request
 
     for request, length in enumerate(kv_lens.tolist()):
         begin, end = tokens[request : request + 2]
+        if counts is not None:
+            end = begin + counts[request]
         new, start = end - begin, length - (end - begin)
         if begin < 0 or end > kv_score.shape[0]:
             accepted = f"within 0 .. num_tokens = {kv_score.shape[0]}"
             _refuse(request, "cu_seq_lens", [begin, end], accepted)
         if not 0 <= new <= next_n:
-            _refuse(request, "cu_seq_lens", [begin, end], f"0 .. next_n = {next_n} new tokens")
+            field, value = ("cu_seq_lens", [begin, end]) if counts is None else ("new_tokens", new)
+            _refuse(request, field, value, f"0 .. next_n = {next_n} new tokens")
         if not new:
             continue
         if start < 0:

@@ -26,6 +26,7 @@ def paged_kv_compress(
     prefetch: str = "none",
     ape_in_state: bool = True,
     work: str = "all",
+    new_tokens: Tensor | None = None,
 ) -> None:
     """Stores the new tokens in the paged state and compresses the windows that they close.
 
@@ -48,9 +49,9 @@ def paged_kv_compress(
         compress_ratio: tokens per window.
         next_n: the most new tokens that any request has in this step.
         prefetch: what the CUDA kernels (sm_90 and later) read while the kernel before them on the
-            stream still runs. "none": nothing. "metadata": kv_lens, cu_seq_lens, cu_outputs and the
-            block tables. "state": these, and old rows of the state. They wait for its end before
-            they read anything else, and before they write. The caller promises that no kernel that
+            stream still runs. "none": nothing. "metadata": kv_lens, cu_seq_lens, cu_outputs,
+            new_tokens and the block tables. "state": these, and old rows of the state. They wait
+            for its end before they read anything else, and before they write. The caller promises that no kernel that
             may still run then writes what is read early; docs/kernel.md says which kernels these
             are. "metadata" is safe for two calls in a row on one state.
         ape_in_state: true: the score state holds score + ape. False: it holds the raw score, and
@@ -58,6 +59,10 @@ def paged_kv_compress(
         work: "all", or one of the two steps, "store" or "reduce". Two calls, "reduce" and then
             "store", serve a state in which new rows overwrite rows that a window still reads. New
             rows come from kv_score in every case.
+        new_tokens: [batch], int32: how many new tokens each request has, from row cu_seq_lens[b] of
+            kv_score on. cu_seq_lens[b + 1] then says nothing of request b. It serves an engine that
+            gives requests more rows of kv_score than they use. None: all rows up to
+            cu_seq_lens[b + 1].
 
     Raises:
         ValueError: an argument's type, shape, dtype, device, strides or memory is not accepted.
@@ -67,5 +72,5 @@ def paged_kv_compress(
     _op(
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, output, kv_lens,
         cu_seq_lens, cu_outputs, compress_ratio, next_n,
-        prefetch=prefetch, ape_in_state=ape_in_state, work=work,
+        prefetch=prefetch, ape_in_state=ape_in_state, work=work, new_tokens=new_tokens,
     )  # fmt: skip

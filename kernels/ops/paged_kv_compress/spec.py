@@ -17,7 +17,13 @@ from kvfold.ops.decode_spec import (
     launch,
     propose,
 )
-from kvfold.ops.state_spec import StateArguments, StateKeywords, state_fields, window_shape
+from kvfold.ops.state_spec import (
+    NewTokensTensor,
+    StateArguments,
+    StateKeywords,
+    state_fields,
+    window_shape,
+)
 
 __all__ = ["SPEC", "Arguments", "Problem", "Tuning", "items_at_once", "window_shape"]
 
@@ -30,7 +36,7 @@ class Problem(DecodeProblem):
 
 
 @dataclass(frozen=True)
-class Arguments(StateKeywords, NextNScalar, StateArguments):
+class Arguments(NewTokensTensor, StateKeywords, NextNScalar, StateArguments):
     """The arguments of paged_kv_compress."""
 
 

@@ -37,7 +37,7 @@ def launch(variant: Variant, arguments: Arguments) -> None:
     num_pages, page_size, _ = a.paged_kv.shape
     slices = problem.head_dim // tuning.head_slice
     tensors = a.tensors()
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    strides = [x for tensor in tensors if tensor is not None for x in tensor.stride()[:-1]]
     _kernel[(a.kv_lens.numel() * slices,)](
         *tensors,
         *strides,
@@ -71,6 +71,7 @@ def launch(variant: Variant, arguments: Arguments) -> None:
         "kv_lens",
         "cu_seq_lens",
         "cu_outputs",
+        "new_tokens",
         "kv_score_stride",
         "ape_stride",
         "kv_page_stride",
@@ -99,6 +100,7 @@ def _kernel(
     kv_lens,
     cu_seq_lens,
     cu_outputs,
+    new_tokens,  # or None
     kv_score_stride: tl.int64,
     ape_stride: tl.int64,
     kv_page_stride: tl.int64,
@@ -144,7 +146,10 @@ def _kernel(
 
     # A request that is not valid has no new tokens: it stores nothing and closes nothing.
     begin = tl.load(cu_seq_lens + request).to(tl.int64)
-    new = tl.load(cu_seq_lens + request + 1).to(tl.int64) - begin
+    if new_tokens is None:
+        new = tl.load(cu_seq_lens + request + 1).to(tl.int64) - begin
+    else:
+        new = tl.load(new_tokens + request).to(tl.int64)
     length = tl.load(kv_lens + request)
     target = tl.load(cu_outputs + request).to(tl.int64)
     limit = tl.minimum(tl.load(cu_outputs + request + 1).to(tl.int64), num_outputs)

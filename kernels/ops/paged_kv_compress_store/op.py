@@ -43,6 +43,7 @@ def paged_kv_compress_store(
     prefetch: str = "none",
     ape_in_state: bool = True,
     work: str = "all",
+    new_tokens: Tensor | None = None,
 ) -> None:
     """paged_kv_compress and norm_rope_store in one launch.
 
@@ -55,8 +56,8 @@ def paged_kv_compress_store(
 
     Args:
         kv_score, ape, paged_kv, paged_score, block_table_kv, block_table_score, kv_lens,
-            cu_seq_lens, cu_outputs, compress_ratio, next_n, ape_in_state, work: as those of
-            paged_kv_compress. cu_outputs counts rows of positions and slots.
+            cu_seq_lens, cu_outputs, compress_ratio, next_n, ape_in_state, work, new_tokens: as
+            those of paged_kv_compress. cu_outputs counts rows of positions and slots.
         weight, rope_table, positions, slots, cache, eps, rows_per_page, format, rounding, rotate,
             scale, latent_out, rows_out, codes_out, scales_out: as those of norm_rope_store.
         row_dtype: torch.bfloat16 or torch.float32: what a row is rounded to before the norm.
@@ -75,5 +76,5 @@ def paged_kv_compress_store(
         next_n, eps, rows_per_page, format, DTYPE_NAMES.get(row_dtype, str(row_dtype)),
         rounding=rounding, rotate=rotate, scale=scale, latent_out=latent_out,
         rows_out=rows_out, codes_out=codes_out, scales_out=scales_out, prefetch=prefetch,
-        ape_in_state=ape_in_state, work=work,
+        ape_in_state=ape_in_state, work=work, new_tokens=new_tokens,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from kvfold.ops.row_spec import (
 )
 from kvfold.ops.state_spec import (
     MetadataTensors,
+    NewTokensTensor,
     RatioScalar,
     StateKeywords,
     StateTensors,
@@ -47,6 +48,7 @@ class Problem(DecodeProblem):
 @dataclass(frozen=True)
 class Arguments(
     OptionalRowTensors,
+    NewTokensTensor,
     StateKeywords,
     RowKeywords,
     RowDtypeScalar,

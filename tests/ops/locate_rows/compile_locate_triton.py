@@ -14,7 +14,7 @@ from kvfold.ops.locate_rows.triton_kernel import _kernel
 
 def compiled(source_dtype: str, by_page: bool) -> str:
     """The PTX of the kernel for one source of the slots."""
-    constants = {"by_page": by_page, "rows": 128}
+    constants = {"by_page": by_page, "rows": 128, "new_tokens": None}
     signature = dict.fromkeys(_kernel.arg_names, "i64")
     signature |= dict.fromkeys(("kv_lens", "cu_seq_lens", "cu_outputs", "positions"), "*i32")
     signature |= {"slots": "*i64", "source": f"*{source_dtype}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -38,6 +38,12 @@ class Call(Guarded, Arguments):
             tensor.copy_(torch.tensor(value, dtype=tensor.dtype).view(tensor.shape))
         return call
 
+    def without_last(self, tokens: Sequence[int]) -> Call:
+        """The same call without the last tokens of each request, whose slots stay."""
+        less = torch.tensor(tokens, dtype=torch.int32, device=self.kv_lens.device)
+        counts = guarded(self.cu_seq_lens.diff() - less, odd=True)
+        return replace(self, kv_lens=guarded(self.kv_lens - less), new_tokens=counts)
+
     def with_nonsense(self, share: float, seed: int, monotone: bool = True) -> Call:
         """A copy with about that share of each metadata tensor's integers replaced by nonsense.
 
@@ -50,7 +56,8 @@ class Call(Guarded, Arguments):
         call = self.clone()
         near = [-2, -1, 0, 1, 2, 3, 5, 8, call.positions.numel()]
         corners = [INT_MIN, INT_MIN + 1, INT_MAX - 1, INT_MAX, *near]
-        for name in ("kv_lens", "cu_seq_lens", "cu_outputs", "block_table_cache", "token_slots"):
+        names = ("kv_lens", "cu_seq_lens", "cu_outputs", "new_tokens")
+        for name in (*names, "block_table_cache", "token_slots"):
             if (x := getattr(call, name)) is None:
                 continue
             nonsense = rng.integers(INT_MIN, INT_MAX, x.shape, endpoint=True)
@@ -142,7 +149,7 @@ def random_call(seed: int, device: str | torch.device = "cpu") -> Call:
         for _ in range(rng.integers(1, 20))
     ]
     tokens = sum(new for _, new in spans)
-    return make(
+    call = make(
         spans,
         compress_ratio=ratio,
         rows_per_page=one_of(1, 2, 3, 64),
@@ -157,6 +164,9 @@ def random_call(seed: int, device: str | torch.device = "cpu") -> Call:
         device=device,
         seed=seed,
     )
+    if rng.integers(2):
+        return call
+    return call.without_last([int(rng.integers(new + 1)) for _, new in spans])
 
 
 # ---- implementations -----------------------------------------------------------------------------
@@ -294,6 +304,19 @@ def no_rows(source):
 @case
 def no_new_tokens(source):
     return make([(4, 0), (9, 0)], reserve=2, source=source)
+
+
+@case
+def tokens_that_requests_do_not_use(source):
+    call = make(FEW, reserve=3, source=source).without_last([3, 1, 2, 0, 1])
+    call.cu_seq_lens[-1] = INT_MIN  # says nothing
+    return call
+
+
+@case
+def counts_that_are_not_legal(source):
+    call = make([(4, 4)] * 6, reserve=2, num_tokens=23, source=source).without_last([0] * 6)
+    return call.with_integers(new_tokens=[4, -1, INT_MIN, INT_MAX, 9, 4])
 
 
 @case

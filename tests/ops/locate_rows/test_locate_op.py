@@ -24,6 +24,11 @@ def small(source: str = "block_table", **fields) -> Call:
     return make([(6, 9), (3, 0), (1, 4)], source=source, **fields)
 
 
+def with_every(source: str) -> Call:
+    """A call with new_tokens, too."""
+    return small(source).without_last([0, 0, 0])
+
+
 def by_dispatcher(call: Call) -> None:
     args, kwargs = call.args_and_kwargs()
     torch.ops.kvfold.locate_rows(*args, **kwargs)
@@ -75,6 +80,7 @@ def test_the_schema_declares_what_is_written_and_the_defaults():
         "next_n": -1,
         "block_table_cache": None,
         "token_slots": None,
+        "new_tokens": None,
     }
 
 
@@ -199,7 +205,7 @@ def test_a_scalar_of_another_type_is_named_and_nothing_is_written(name, value):
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_what_is_no_tensor_or_on_another_device_is_named(name):
-    call = small("token_slots" if name == "token_slots" else "block_table")
+    call = with_every("token_slots" if name == "token_slots" else "block_table")
     before = call.clone()
     with pytest.raises(ValueError, match=rf"^kvfold\.locate_rows: {name} is a list"):
         run_op(replace(call, **{name: getattr(call, name).tolist()}))
@@ -214,7 +220,7 @@ def test_what_is_no_tensor_or_on_another_device_is_named(name):
     ids=str,
 )
 def test_memory_that_is_written_and_shared_is_refused(name, other):
-    call = small("token_slots" if other == "token_slots" else "block_table")
+    call = with_every("token_slots" if other == "token_slots" else "block_table")
     flat = torch.zeros(256, dtype=torch.uint8)
 
     def shared(one: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from math import lcm
 
 import numpy as np
 import torch
-from state_calls import LAYOUTS, Guarded, make_arguments
+from state_calls import LAYOUTS, Guarded, guarded, make_arguments
 from torch import Tensor
 
 from kvfold.ops.paged_kv_compress import workload
@@ -53,6 +53,15 @@ class Call(Guarded, Arguments):
             kv_lens=self.kv_lens[one],
             cu_seq_lens=self.cu_seq_lens[ends],
             cu_outputs=self.cu_outputs[ends],
+            new_tokens=None if self.new_tokens is None else self.new_tokens[one],
+        )
+
+    def without_last(self, tokens: Sequence[int]) -> Call:
+        """The same call without the last tokens of each request, whose rows of kv_score stay."""
+        less = torch.tensor(tokens, dtype=torch.int32, device=self.kv_lens.device)
+        counts = self.cu_seq_lens.diff() - less
+        return replace(
+            self, kv_lens=guarded(self.kv_lens - less), new_tokens=guarded(counts, odd=True)
         )
 
 
@@ -104,7 +113,10 @@ def random_call(seed: int, **fixed) -> Call:
         near = max(0, ratio * int(rng.integers(1, 4)) - int(rng.integers(new + 1)))
         start = one_of(near, int(rng.integers(3 * ratio + 1)))
         spans.append((start, new))
-    return make(spans, **{"seed": seed} | drawn)
+    call = make(spans, **{"seed": seed} | drawn)
+    if rng.integers(2):
+        return call
+    return call.without_last([int(rng.integers(new + 1)) for _, new in spans])
 
 
 def in_wide_tables(call: Call, columns: int, *, shared: bool) -> Call:

@@ -39,7 +39,7 @@ def compile_variant(variant: Variant, page_is_power_of_two: bool) -> CompiledKer
     problem, tuning = variant.problem, variant.tuning
     constants = {"page_is_power_of_two": page_is_power_of_two, "head_slice": tuning.head_slice}
     constants |= {k: v for k, v in problem.values().items() if not k.endswith("dtype")}
-    constants |= {"stores": True, "reduces": True}
+    constants |= {"stores": True, "reduces": True, "new_tokens": None}
     floats = {
         "kv_score": problem.kv_dtype,
         "ape": "fp32",

@@ -349,6 +349,40 @@ def largest_length_with_odd_sizes():
     return call
 
 
+# Counts of new tokens apart from cu_seq_lens.
+
+
+@case
+def rows_that_requests_do_not_use():
+    call = make([(7, 3), (6, 3), (3, 2), (5, 1)]).without_last([2, 0, 1, 1])
+    call.cu_seq_lens[-1] = INT_MIN  # says nothing
+    return call
+
+
+@case
+def windows_that_unused_rows_would_close():
+    return make([(127, 4), (126, 3), (255, 1)], compress_ratio=128).without_last([3, 2, 1])
+
+
+def counted(**ints: tuple) -> Call:
+    """As `beside`, with counts of new tokens."""
+    call = make([(7, 2), (6, 3), (3, 2)]).without_last([1, 0, 0])
+    for name, (at, value) in ints.items():
+        getattr(call, name)[at] = value
+    return call
+
+
+CASES |= {
+    "count_above_next_n": lambda: counted(new_tokens=(0, 5)),
+    "count_below_none": lambda: counted(new_tokens=(1, -1)),
+    "count_past_the_last_token": lambda: counted(new_tokens=(2, 3)),
+    "count_above_the_length": lambda: counted(kv_lens=(1, 2)),
+    "largest_count": lambda: counted(new_tokens=(1, INT_MAX)),
+    "smallest_count": lambda: counted(new_tokens=(1, INT_MIN)),
+    "count_from_the_end_of_int32": lambda: counted(cu_seq_lens=(1, INT_MAX)),
+}
+
+
 @case
 def next_n_smaller_than_what_requests_have():
     return replace(make([(7, 2), (6, 3), (3, 1)]), next_n=2)

@@ -27,8 +27,11 @@ from kvfold.runtime.torch_op import TorchOp, torch_op
 
 OP = torch_op("paged_kv_compress")
 NAMES = tuple(one.name for one in Arguments.declared())
-POSITIONAL = tuple(one.name for one in Arguments.declared() if not getattr(one, "keyword", False))
-TENSORS = tuple(one.name for one in Arguments.declared_tensors())
+OPTIONAL = ("new_tokens",)
+BY_NAME = (*OPTIONAL, *(one.name for one in Arguments.declared_scalars() if one.keyword))
+POSITIONAL = tuple(one.name for one in Arguments.declared() if one.name not in BY_NAME)
+TENSORS = tuple(x.name for x in Arguments.declared_tensors() if not x.optional)
+DEFAULTS = {"prefetch": "none", "ape_in_state": True, "work": "all", "new_tokens": None}
 
 
 def by_name(call: Call) -> dict:
@@ -71,14 +74,11 @@ def assert_unchanged(arguments: dict, before: dict, names=MUTATED) -> None:
 def test_the_signature_is_the_declaration():
     parameters = inspect.signature(kvfold.paged_kv_compress).parameters.values()
     assert [(p.name, p.default) for p in parameters] == [
-        (
-            one.name,
-            inspect.Parameter.empty if getattr(one, "default", None) is None else one.default,
-        )
-        for one in Arguments.declared()
+        (name, inspect.Parameter.empty if name in POSITIONAL else DEFAULTS[name]) for name in NAMES
     ]
     assert tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) == POSITIONAL
     types = {one.name: one.type.__name__ for one in Arguments.declared_scalars()}
+    types |= dict.fromkeys(OPTIONAL, "Tensor | None")
     assert [p.annotation for p in parameters] == [types.get(name, "Tensor") for name in NAMES]
 
 
@@ -108,7 +108,7 @@ def test_the_schema_declares_what_is_written():
     assert written == ["paged_kv", "paged_score", "output"]
     assert tuple(argument.name for argument in schema.arguments) == NAMES
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    assert defaults == {"prefetch": "none", "ape_in_state": True, "work": "all"}
+    assert defaults == DEFAULTS
     assert {a.name for a in schema.arguments if a.kwarg_only} == defaults.keys()
 
 
@@ -593,7 +593,8 @@ def test_a_repeated_call_is_launched_without_the_dispatcher(launches, repeated):
     by_dispatcher(first)
     assert repeated == ["direct", "dispatcher"] and len(launches) == 3
     for arguments, (strides, pointers) in zip((first, second, first), launches, strict=True):
-        assert pointers == [arguments[name].data_ptr() for name in TENSORS]
+        # new_tokens is absent: a null pointer
+        assert pointers == [*(arguments[name].data_ptr() for name in TENSORS), 0]
         assert strides == [arguments[name].stride() for name in TENSORS]
 
 

@@ -408,5 +408,6 @@ def test_prefetch_is_what_the_op_takes():
 
 
 def test_metadata_are_what_the_calls_of_a_step_share():
-    names = {one.name for one in WORKLOAD.spec.arguments.declared_tensors() if not one.is_float}
+    tensors = WORKLOAD.spec.arguments.declared_tensors()
+    names = {one.name for one in tensors if not one.is_float and not one.optional}
     assert set(WORKLOAD.metadata) == names

@@ -120,6 +120,8 @@ class StoreCall(Guarded):
         cu_seq_lens, cu_outputs = self.cu_seq_lens.tolist(), self.cu_outputs.tolist()
         for b, length in enumerate(self.kv_lens.tolist()):
             begin, end = cu_seq_lens[b], cu_seq_lens[b + 1]
+            if getattr(self, "new_tokens", None) is not None:
+                end = begin + int(self.new_tokens[b])
             new, most = end - begin, min(length, getattr(self, "next_n", length))
             if begin < 0 or end > self.kv_score.size(0) or not 0 < new <= most:
                 continue
@@ -169,6 +171,12 @@ class DecodeCall(StoreCall, decode_spec.Arguments):
     op = DECODE
     state_op = "paged_kv_compress"
     state_arguments_type = DecodeStateArguments
+
+    def without_last(self, tokens: Sequence[int]) -> DecodeCall:
+        """The same call without the last tokens of each request, whose rows of kv_score stay."""
+        less = torch.tensor(tokens, dtype=torch.int32, device=self.kv_lens.device)
+        counts = guarded(self.cu_seq_lens.diff() - less, odd=True)
+        return replace(self, kv_lens=guarded(self.kv_lens - less), new_tokens=counts)
 
 
 @dataclass(frozen=True)
@@ -381,7 +389,10 @@ def random_call(op: str, seed: int, **fixed) -> Any:
         drawn["scale"] = one_of(None, 1.0, 0.37, 1e-3)
     spans = _random_spans(rng, drawn["compress_ratio"], drawn.get("next_n"))
     most = -(-sum(new for _, new in spans) // drawn["compress_ratio"])
-    return make(op, spans, **{"seed": seed, "reserve": most + 1} | drawn | fixed)
+    call = make(op, spans, **{"seed": seed, "reserve": most + 1} | drawn | fixed)
+    if op != DECODE or rng.integers(2):
+        return call
+    return call.without_last([int(rng.integers(new + 1)) for _, new in spans])
 
 
 def _random_spans(

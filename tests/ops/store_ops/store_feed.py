@@ -73,7 +73,7 @@ class Feed:
         }
         if op == DECODE:
             fields = {"next_n": 8} | fields
-            fields = {one.name: fields[one.name] for one in CALLS[DECODE].declared()}
+            fields = {one.name: fields.get(one.name) for one in CALLS[DECODE].declared()}
         self.length = end - rejected
         return CALLS[op](**fields)
 

@@ -151,7 +151,7 @@ def test_random_calls(op, seed):
 
 @BOTH_OPS
 def test_random_calls_have_rows_of_all_kinds(op):
-    calls = [random_call(op, seed) for seed in range(60)]
+    calls = [random_call(op, seed) for seed in range(120)]
     skipped = [(call.filled() & ~call.stored()).sum().item() for call in calls]
     unfilled = [(~call.filled() & (call.slots >= 0)).sum().item() for call in calls]
     assert sum(call.stored().sum().item() for call in calls) > 100
