@@ -51,9 +51,9 @@ def paged_kv_compress(
         prefetch: what the CUDA kernels (sm_90 and later) read while the kernel before them on the
             stream still runs. "none": nothing. "metadata": kv_lens, cu_seq_lens, cu_outputs,
             new_tokens and the block tables. "state": these, and old rows of the state. They wait
-            for its end before they read anything else, and before they write. The caller promises that no kernel that
-            may still run then writes what is read early; docs/kernel.md says which kernels these
-            are. "metadata" is safe for two calls in a row on one state.
+            for its end before they read anything else, and before they write. The caller promises
+            that no kernel that may still run then writes what is read early; docs/kernel.md says
+            which kernels these are. "metadata" is safe for two calls in a row on one state.
         ape_in_state: true: the score state holds score + ape. False: it holds the raw score, and
             ape is added in fp32 as rows are read. With fp32 state both give the same bits.
         work: "all", or one of the two steps, "store" or "reduce". Two calls, "reduce" and then
