@@ -18,8 +18,9 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from kvfold.adapters.transformers.cache_layers import CSALayer, HCALayer
 from kvfold.adapters.transformers.compressors import CSACompressor, HCACompressor
+from kvfold.adapters.transformers.graphed_decoder import GraphedDecoder
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["GraphedDecoder", "patch", "unpatch"]
 
 _HCA, _CSA = "heavily_compressed_attention", "compressed_sparse_attention"
 _undo: contextlib.ExitStack | None = None

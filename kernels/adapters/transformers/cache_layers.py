@@ -18,7 +18,7 @@ from kvfold.adapters.transformers.compressor_state import FORMATS, CompressorSta
 RECORDED = 256  # tokens that a layer can remove which records its past, as for assisted generation
 
 
-class _KvfoldLayer(modeling.DeepseekV4HCACache):
+class KvfoldLayer(modeling.DeepseekV4HCACache):
     """What the two layers share.
 
     Attributes:
@@ -160,11 +160,11 @@ class _KvfoldLayer(modeling.DeepseekV4HCACache):
         self.values = self.keys
 
 
-class HCALayer(_KvfoldLayer):
+class HCALayer(KvfoldLayer):
     """The cache of a heavily compressed layer."""
 
 
-class CSALayer(_KvfoldLayer, modeling.DeepseekV4CSACache):
+class CSALayer(KvfoldLayer, modeling.DeepseekV4CSACache):
     """The cache of a compressed sparse layer, with the state of its indexer."""
 
     def reset(self) -> None:

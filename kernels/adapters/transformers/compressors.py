@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-from kvfold.adapters.transformers.cache_layers import _KvfoldLayer
+from kvfold.adapters.transformers.cache_layers import KvfoldLayer
+from kvfold.adapters.transformers.graph_layers import GraphLayer
 from kvfold.ops.row_spec import HEAD_DIMS
 
 
 def _enter(compressor: nn.Module, name: str, cache: Any, layer_idx: int) -> None:
     layer = None if cache is None else cache.layers[layer_idx]
-    if isinstance(layer, _KvfoldLayer):
+    if isinstance(layer, KvfoldLayer):
         layer.compressors[name] = compressor
 
 
@@ -38,7 +39,10 @@ class HCACompressor(modeling.DeepseekV4HCACompressor):
     def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx):
         """As that of transformers."""
         _enter(self, "compressor", cache, layer_idx)
-        return super().forward(hidden_states, q_residual, position_ids, cache, layer_idx)
+        rows, bias = super().forward(hidden_states, q_residual, position_ids, cache, layer_idx)
+        if cache is not None and isinstance(cache.layers[layer_idx], GraphLayer):
+            bias = cache.layers[layer_idx].bias  # not all rows are valid
+        return rows, bias
 
 
 class Indexer(modeling.DeepseekV4Indexer):
