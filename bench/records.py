@@ -213,6 +213,38 @@ class ModelStepReport(LimitReport):
     rows: list[ModelStepRow]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformersRow:
+    """A decode step of a model of transformers. Times are milliseconds per step.
+
+    Attributes:
+        batch: sequences.
+        context: tokens per sequence before the step.
+        step_ms: how the model runs -> the whole step.
+        compressors_ms: how it runs -> the calls of its compressors, projections, indexer and
+            waits for the host included.
+    """
+
+    batch: int
+    context: int
+    step_ms: dict[str, float]
+    compressors_ms: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersReport(Report):
+    """What `kvfold bench transformers` writes.
+
+    Attributes:
+        experts: of a layer.
+    """
+
+    KIND = "transformers"
+
+    experts: int
+    rows: list[TransformersRow]
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=Report)

@@ -165,7 +165,7 @@ def guarded(x: Tensor, gap: int = 0, odd: bool = False) -> Tensor:
         strides.insert(0, size * strides[0] + gap)
     extent = x.size(0) * strides[0]
     fill = torch.nan if x.is_floating_point() else 0x5A5A5A5A
-    flat = torch.full((GUARD + odd + extent + GUARD,), fill, dtype=x.dtype)
+    flat = torch.full((GUARD + odd + extent + GUARD,), fill, dtype=x.dtype, device=x.device)
     return flat.as_strided(x.shape, strides, GUARD + odd).copy_(x)
 
 

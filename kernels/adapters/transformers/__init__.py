@@ -26,32 +26,27 @@ _HCA, _CSA = "heavily_compressed_attention", "compressed_sparse_attention"
 _undo: contextlib.ExitStack | None = None
 
 
-class _Patch(contextlib.AbstractContextManager):
-    """What `patch` returns: at the end of a with statement, the patch is undone."""
-
-    def __exit__(self, *error: Any) -> None:
-        unpatch()
-
-
 def patch() -> contextlib.AbstractContextManager:
     """Makes DeepSeek-V4 models that are built from now on use kvfold.
 
-    A second call changes nothing.
-
     Returns:
-        A context manager that calls `unpatch` at its end.
+        A context manager that calls `unpatch` at its end. If the patch is there already, the call
+        and the context manager change nothing.
     """
     global _undo
-    if _undo is None:
-        with contextlib.ExitStack() as undo:
-            _replace(undo, modeling.COMPRESSOR_CLASSES, {_HCA: HCACompressor, _CSA: CSACompressor})
-            layers = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-            _replace(undo, layers, {_HCA: HCALayer, _CSA: CSALayer})
-            model = modeling.DeepseekV4PreTrainedModel
-            undo.callback(setattr, model, "_is_stateful", model._is_stateful)
-            model._is_stateful = property(_is_stateful)  # pyright: ignore[reportAttributeAccessIssue]
-            _undo = undo.pop_all()
-    return _Patch()
+    if _undo is not None:
+        return contextlib.nullcontext()
+    with contextlib.ExitStack() as undo:
+        _replace(undo, modeling.COMPRESSOR_CLASSES, {_HCA: HCACompressor, _CSA: CSACompressor})
+        layers = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+        _replace(undo, layers, {_HCA: HCALayer, _CSA: CSALayer})
+        model = modeling.DeepseekV4PreTrainedModel
+        undo.callback(setattr, model, "_is_stateful", model._is_stateful)
+        model._is_stateful = property(_is_stateful)  # pyright: ignore[reportAttributeAccessIssue]
+        _undo = undo.pop_all()
+    at_the_end = contextlib.ExitStack()
+    at_the_end.callback(unpatch)
+    return at_the_end
 
 
 def unpatch() -> None:

@@ -47,9 +47,6 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
 
         Returns:
             The tokens that the caller is to compress itself: none, if kvfold does it.
-
-        Raises:
-            RuntimeError: kv needs gradients, and earlier tokens came without.
         """
         state = self.states.get(name)
         if state is None:
@@ -59,11 +56,6 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
                 self.compressors[name], kv.size(0), kv.dtype, self._least_rollback()
             )
             self.states[name] = state
-        elif kv.requires_grad:
-            raise RuntimeError(
-                f"the tokens of {name} require gradients; accepted: none after a call without"
-                " (torch.no_grad), or a new cache"
-            )
         state.append(kv, gate)
         return kv[:, :0], gate[:, :0], 0
 
@@ -77,9 +69,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
     def _serves(self, name: str, kv: Tensor) -> bool:
         """Whether kvfold takes the first tokens of a compressor."""
         fresh = self.buffer_kv[name] is None  # transformers has taken none
-        return (
-            name in self.compressors and fresh and kv.dtype in FORMATS and not kv.requires_grad
-        )
+        return name in self.compressors and fresh and kv.dtype in FORMATS and not kv.requires_grad
 
     def _least_rollback(self) -> int:
         # Without a record the keys can be cropped only below the length of the sliding window.
@@ -92,7 +82,15 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
 
         Args:
             key_states: [batch, 1, new, head_dim].
+
+        Raises:
+            RuntimeError: key_states require gradients, and kvfold has taken earlier tokens.
         """
+        if key_states.requires_grad and self.states:
+            raise RuntimeError(
+                "key_states require gradients; accepted: none after a call without (under"
+                " torch.no_grad), or a new cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]

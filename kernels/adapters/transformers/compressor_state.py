@@ -32,7 +32,9 @@ class CompressorState:
         max_rollback: tokens that `crop` can always remove.
     """
 
-    def __init__(self, compressor: nn.Module, batch: int, dtype: torch.dtype, rollback: int) -> None:
+    def __init__(
+        self, compressor: nn.Module, batch: int, dtype: torch.dtype, rollback: int
+    ) -> None:
         """Makes an empty state.
 
         Args:
@@ -43,6 +45,8 @@ class CompressorState:
             rollback: the least max_rollback.
         """
         self.compressor = compressor
+        self.ape = compressor.position_bias.detach().float()  # a model in bf16 may have it in bf16
+        self.weight = compressor.kv_norm.weight.detach()
         self.batch, self.length = batch, 0
         self.ratio, self.state_dim = compressor.position_bias.shape
         self.windows_before = self.state_dim // compressor.head_dim - 1
@@ -138,8 +142,8 @@ class CompressorState:
         """Launches kvfold for `new` tokens per sequence. The counts on the host stay."""
         of, table = self.compressor, self.block_table
         arguments = (
-            kv_score, of.position_bias, self.paged_kv, self.paged_score, table, table,
-            step.kv_lens, step.cu_seq_lens, step.cu_outputs, of.kv_norm.weight, self.rope_table,
+            kv_score, self.ape, self.paged_kv, self.paged_score, table, table,
+            step.kv_lens, step.cu_seq_lens, step.cu_outputs, self.weight, self.rope_table,
             step.positions, step.slots, self.cache, self.ratio,
         )  # fmt: skip
         row = (

@@ -61,7 +61,8 @@ class CSACompressor(modeling.DeepseekV4CSACompressor):
         _check(config, "head_dim")
         _check(config, "index_head_dim")
         super().__init__(config)
-        self.indexer = Indexer(config)
+        # Another indexer would draw other random weights than a model without kvfold.
+        self.indexer.__class__ = Indexer
 
     def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx):
         """As that of transformers."""

@@ -64,7 +64,8 @@ class WindowClock:
 
     Attributes:
         tensors: as the store ops take them. A sequence has one output row.
-        bias: [batch, 1, 1, capacity], of the model's dtype: 0 for valid rows, else the least number.
+        bias: [batch, 1, 1, capacity], of the model's dtype: 0 for valid rows, the least number for
+            others.
     """
 
     def __init__(self, clock: StepClock, ratio: int, capacity: int) -> None:

@@ -77,7 +77,7 @@ class GraphedDecoder:
         for index, layer in enumerate(cache.layers):
             of_kvfold = isinstance(layer, KvfoldLayer)
             if not (layer.get_seq_length() and hasattr(layer, "sliding_window")):
-                raise ValueError(f"layer {index} of cache is an empty {layer}; accepted: one in use")
+                raise ValueError(f"layer {index} of cache, {layer}, is empty; accepted: one in use")
             if of_kvfold and not layer.states:
                 raise ValueError(
                     f"layer {index} of cache has run without kvfold; accepted: a cache of calls"
@@ -89,9 +89,7 @@ class GraphedDecoder:
         """The mask of the keys in the ring before the first step, [batch, 1, 1, window]."""
         batch, length = attention_mask.shape
         least = torch.finfo(dtype).min
-        mask = torch.full(
-            (batch, 1, 1, window), least, dtype=dtype, device=attention_mask.device
-        )
+        mask = torch.full((batch, 1, 1, window), least, dtype=dtype, device=attention_mask.device)
         position = torch.arange(max(0, length - window), length, device=mask.device)
         seen = attention_mask[:, position].bool()
         mask[:, 0, 0, position % window] = torch.where(seen, 0.0, least).to(dtype)
