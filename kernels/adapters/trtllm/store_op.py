@@ -1,0 +1,155 @@
+"""The op that takes rows to the cache. Names and order of arguments are TensorRT-LLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvfold
+from kvfold.adapters.trtllm.slots import row_slots
+from kvfold.adapters.trtllm.step import first, refuse, shared
+from kvfold.ops.norm_rope_store.spec import SPEC, Arguments
+from kvfold.runtime.arguments import check
+
+FORMATS = ("bf16", "fp8_tensor", "fp8_block128", "mxfp4")  # by cache_scale_type
+METADATA = {
+    "num_outputs": (1, torch.int32),
+    "cu_kv_comp": (1, torch.int32),
+    "start_pos": (1, torch.int32),
+    "block_offsets": (2, torch.int32),
+    "compressed_mask": (1, torch.bool),
+}  # dimensions and dtype
+
+
+def compressor_postprocess_scatter(
+    kv_comp: Tensor,
+    kv_out: Tensor | None,
+    rms_weight: Tensor,
+    rms_eps: float,
+    cos_sin_table: Tensor,
+    position_ids: Tensor,
+    nope_dim: int,
+    rope_dim: int,
+    kv_cache: Tensor,
+    num_outputs: Tensor,
+    cu_kv_comp: Tensor,
+    start_pos: Tensor,
+    block_offsets: Tensor,
+    compressed_mask: Tensor,
+    tokens_per_block: int,
+    cache_scale_type: int,
+    rotate_activation: bool,
+    quant_output: Tensor | None,
+    scale_output: Tensor | None,
+) -> None:
+    """Takes compressed rows to the cache: RMSNorm, RoPE, rotation, quantisation, store.
+
+    kvfold.norm_rope_store says what is done, and which errors are raised. Row cu_kv_comp[b] + i of
+    request b, with i < num_outputs[b], is row start_pos[b] + i of the request's cache. If there is
+    one request, row i is row start_pos[0] + i, whatever cu_kv_comp is. All other rows, and rows
+    without a page or with a position outside cos_sin_table, are skipped as a whole.
+
+    Where a row goes is computed on the device, in four small launches; see `step`.
+
+    Args:
+        kv_comp: [num_rows, head_dim], bf16 or fp32: the rows.
+        kv_out: [num_rows, head_dim], bf16 or fp32, mutated: rows before quantisation.
+        rms_weight: [head_dim], bf16 or fp32.
+        cos_sin_table: [max_pos, 2, rope_dim / 2], or contiguous rows of rope_dim, fp32.
+        position_ids: [num_rows], int32.
+        kv_cache: contiguous pages of any shape and dtype, mutated. It is addressed by bytes.
+        num_outputs: [batch], int32: rows of each request that are stored.
+        cu_kv_comp: [batch + 1], int32: where the rows of a request begin in kv_comp.
+        start_pos: [batch], int32: rows that a request has in the cache already.
+        block_offsets: [batch, max_blocks], int32: logical page -> page of kv_cache.
+        compressed_mask: [num_rows], bool: false for a row that is not stored.
+        tokens_per_block: rows of a page of kv_cache.
+        cache_scale_type: 0: the dtype of kv_comp. 1: fp8. 2: fp8 with an fp32 scale per 128
+            columns. 3: fp4 with an e8m0 scale per 32 columns.
+        rotate_activation: whether rows are rotated by a Hadamard matrix after RoPE.
+        quant_output: [num_rows, bytes], mutated: the codes of rows.
+        scale_output: [num_rows, scales], mutated: their scales. Both are left alone by types 0
+            and 1, as by the engine.
+    """
+    if kv_comp.dim() != 2:
+        refuse("kv_comp", f"of shape {list(kv_comp.shape)}", "[num_rows, head_dim]")
+    num_rows, head_dim = kv_comp.shape
+    if nope_dim + rope_dim != head_dim or nope_dim < 0 or rope_dim < 0:
+        refuse("nope_dim + rope_dim", f"{nope_dim} + {rope_dim}", f"{head_dim}, as kv_comp has")
+    if cache_scale_type not in range(len(FORMATS)):
+        accepted = "0 to 3; kvfold has no format with scales in a buffer of their own"
+        refuse("cache_scale_type", cache_scale_type, accepted)
+    if tokens_per_block < 1:
+        refuse("tokens_per_block", tokens_per_block, "1 or more")
+    if not num_rows:
+        return
+    format, row_bytes = _format(cache_scale_type, kv_comp.dtype, head_dim)
+    quantised = cache_scale_type >= 2
+    mask = first("compressed_mask", compressed_mask, num_rows)
+    metadata = num_outputs, cu_kv_comp, start_pos, block_offsets, mask
+    arguments = {
+        "rows": kv_comp,
+        "weight": rms_weight,
+        "rope_table": _rope_table(cos_sin_table, rope_dim),
+        "positions": first("position_ids", position_ids, num_rows),
+        "cache": _cache_pages(kv_cache, tokens_per_block * row_bytes),
+        "eps": rms_eps,
+        "rows_per_page": tokens_per_block,
+        "format": format,
+        "rotate": rotate_activation,
+        "rows_out": kv_out,
+        "codes_out": _bytes(quant_output) if quantised and quant_output is not None else None,
+        "scales_out": _bytes(scale_output) if quantised and scale_output is not None else None,
+    }
+
+    def slots() -> Tensor:
+        _check(arguments, metadata)
+        return row_slots(num_rows, *metadata, tokens_per_block)
+
+    arguments["slots"] = shared((num_rows, tokens_per_block), metadata, slots)
+    kvfold.norm_rope_store(**arguments)
+
+
+def _format(cache_scale_type: int, dtype: torch.dtype, head_dim: int) -> tuple[str, int]:
+    """The cache format of kvfold's table, and the bytes of a row with its scales."""
+    if cache_scale_type == 0:
+        return ("fp32", 4 * head_dim) if dtype == torch.float32 else ("bf16", 2 * head_dim)
+    row_bytes = (head_dim, head_dim + head_dim // 128 * 4, head_dim // 2 + head_dim // 32)
+    return FORMATS[cache_scale_type], row_bytes[cache_scale_type - 1]
+
+
+def _rope_table(cos_sin_table: Tensor, rope_dim: int) -> Tensor:
+    """The table as [max_pos, 2, rope_dim / 2]."""
+    shape = cos_sin_table.shape
+    if len(shape) == 3 and shape[1] == 2 and 2 * shape[2] == rope_dim:
+        return cos_sin_table
+    if rope_dim < 2 or not cos_sin_table.is_contiguous() or cos_sin_table.numel() % rope_dim:
+        accepted = f"[max_pos, 2, {rope_dim} / 2], or contiguous rows of {rope_dim}"
+        refuse("cos_sin_table", f"of shape {list(shape)}", accepted)
+    return cos_sin_table.view(-1, 2, rope_dim // 2)
+
+
+def _cache_pages(kv_cache: Tensor, page_bytes: int) -> Tensor:
+    """The cache as [num_pages, page_bytes] of bytes."""
+    if not kv_cache.is_contiguous() or not kv_cache.dim():
+        value = f"of shape {list(kv_cache.shape)} and strides {kv_cache.stride()}"
+        refuse("kv_cache", value, "contiguous pages")
+    return _bytes(kv_cache).as_strided((kv_cache.nbytes // page_bytes, page_bytes), (page_bytes, 1))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.uint8 else x.view(torch.uint8)
+
+
+def _check(arguments: dict[str, Any], metadata: Sequence[Tensor]) -> None:
+    """Raises ValueError for arguments that are not accepted, before anything is launched."""
+    rows = arguments["rows"]
+    for (name, (dimensions, dtype)), x in zip(METADATA.items(), metadata, strict=True):
+        if (x.dim(), x.dtype, x.device) != (dimensions, dtype, rows.device):
+            value = f"of shape {list(x.shape)}, {x.dtype}, on {x.device}"
+            refuse(name, value, f"{dimensions}-dimensional, {dtype}, on {rows.device}")
+    slots = rows.new_empty(rows.shape[0], dtype=torch.int64)
+    check(SPEC, Arguments(**arguments, slots=slots))
