@@ -22,6 +22,10 @@ METADATA = {
     "block_offsets": (2, torch.int32),
     "compressed_mask": (1, torch.bool),
 }  # dimensions and dtype
+CAPACITY = 1024  # of _accepted
+
+# What tells calls apart that `_check` has accepted.
+_accepted: set[tuple] = set()
 
 
 def compressor_postprocess_scatter(
@@ -146,6 +150,13 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _check(arguments: dict[str, Any], metadata: Sequence[Tensor]) -> None:
     """Raises ValueError for arguments that are not accepted, before anything is launched."""
+    tensors = [x for x in (*arguments.values(), *metadata) if isinstance(x, Tensor)]
+    key = (
+        *[x for x in arguments.values() if not isinstance(x, Tensor)],
+        *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors],
+    )
+    if key in _accepted:
+        return
     rows = arguments["rows"]
     for (name, (dimensions, dtype)), x in zip(METADATA.items(), metadata, strict=True):
         if (x.dim(), x.dtype, x.device) != (dimensions, dtype, rows.device):
@@ -153,3 +164,6 @@ def _check(arguments: dict[str, Any], metadata: Sequence[Tensor]) -> None:
             refuse(name, value, f"{dimensions}-dimensional, {dtype}, on {rows.device}")
     slots = rows.new_empty(rows.shape[0], dtype=torch.int64)
     check(SPEC, Arguments(**arguments, slots=slots))
+    if len(_accepted) >= CAPACITY:
+        _accepted.clear()
+    _accepted.add(key)
