@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from kvfold.runtime import internals
 
 
 class _Shared(threading.local):
-    """The results of the step that this thread is in, and the tensors that they are made from."""
+    """What the step that this thread is in has computed; None outside of a step."""
 
-    made: dict[Hashable, tuple[Tensor, Sequence[Tensor]]] | None = None
+    made: dict[Hashable, Any] | None = None
 
 
 _shared = _Shared()
@@ -42,17 +42,17 @@ def step() -> Iterator[None]:
 
 
 def shared(key: tuple, tensors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns, or has returned in this step on this stream for the same tensors.
+    """What `make` returns, or has returned in this step on this stream for the same memory.
 
     Args:
-        key: what the result depends on, beside the tensors.
-        tensors: are the same if their memory and layout are. They are kept until the step ends,
-            so that no other tensor takes their memory.
+        key: what the result depends on, beside the values of the tensors.
+        tensors: are kept until the step ends, so that no other tensor takes their memory.
     """
     made = _shared.made
     if made is None:
         return make()
-    place = (*key, _stream(tensors[0]), *[(x.data_ptr(), x.shape, x.stride()) for x in tensors])
+    addresses = [x.data_ptr() for x in tensors]
+    place = (*key, *addresses, *[x.stride() for x in tensors], _stream(tensors[0]))
     found = made.get(place)
     if found is None:
         found = made[place] = make(), tensors
@@ -70,7 +70,14 @@ def first(name: str, tensor: Tensor, count: int) -> Tensor:
         return tensor
     if length < count:
         refuse(name, f"of length {length}", f"{count} or more")
-    return shared((count,), (tensor,), lambda: tensor[:count])
+    made = _shared.made
+    if made is None:
+        return tensor[:count]
+    place = count, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    view = made.get(place)
+    if view is None:
+        view = made[place] = tensor[:count]
+    return view
 
 
 def refuse(name: str, value: object, accepted: str) -> NoReturn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ METADATA = {
 }  # dimensions and dtype
 CAPACITY = 1024  # of _accepted
 
-# What tells calls apart that `_check` has accepted.
+# What tells apart the calls that `_check` has accepted.
 _accepted: set[tuple] = set()
 
 
@@ -83,7 +84,7 @@ def compressor_postprocess_scatter(
     num_rows, head_dim = kv_comp.shape
     if nope_dim + rope_dim != head_dim or nope_dim < 0 or rope_dim < 0:
         refuse("nope_dim + rope_dim", f"{nope_dim} + {rope_dim}", f"{head_dim}, as kv_comp has")
-    if cache_scale_type not in range(len(FORMATS)):
+    if not 0 <= cache_scale_type < len(FORMATS):
         accepted = "0 to 3; kvfold has no format with scales in a buffer of their own"
         refuse("cache_scale_type", cache_scale_type, accepted)
     if tokens_per_block < 1:
@@ -91,32 +92,34 @@ def compressor_postprocess_scatter(
     if not num_rows:
         return
     format, row_bytes = _format(cache_scale_type, kv_comp.dtype, head_dim)
-    quantised = cache_scale_type >= 2
+    rope_table = _rope_table(cos_sin_table, rope_dim)
+    positions = first("position_ids", position_ids, num_rows)
     mask = first("compressed_mask", compressed_mask, num_rows)
+    cache = _cache_pages(kv_cache, tokens_per_block * row_bytes)
+    codes_out = scales_out = None
+    if cache_scale_type >= 2:
+        codes_out, scales_out = _bytes(quant_output), _bytes(scale_output)
     metadata = num_outputs, cu_kv_comp, start_pos, block_offsets, mask
-    arguments = {
-        "rows": kv_comp,
-        "weight": rms_weight,
-        "rope_table": _rope_table(cos_sin_table, rope_dim),
-        "positions": first("position_ids", position_ids, num_rows),
-        "cache": _cache_pages(kv_cache, tokens_per_block * row_bytes),
-        "eps": rms_eps,
-        "rows_per_page": tokens_per_block,
-        "format": format,
-        "rotate": rotate_activation,
-        "rows_out": kv_out,
-        "codes_out": _bytes(quant_output) if quantised and quant_output is not None else None,
-        "scales_out": _bytes(scale_output) if quantised and scale_output is not None else None,
-    }
 
-    def slots() -> Tensor:
-        _check(arguments, metadata)
-        return row_slots(num_rows, *metadata, tokens_per_block)
+    def make_slots() -> Tensor:
+        slots = torch.empty(num_rows, dtype=torch.int64, device=kv_comp.device)
+        _check(
+            metadata, kv_comp, rms_weight, rope_table, positions, slots, cache, rms_eps,
+            tokens_per_block, format, "once", rotate_activation, "none", None, None, kv_out,
+            codes_out, scales_out,
+        )  # fmt: skip
+        return row_slots(slots, *metadata, tokens_per_block)
 
-    arguments["slots"] = shared((num_rows, tokens_per_block), metadata, slots)
-    kvfold.norm_rope_store(**arguments)
+    key = num_rows, tokens_per_block, num_outputs.shape, block_offsets.shape
+    slots = shared(key, metadata, make_slots)
+    kvfold.norm_rope_store(
+        kv_comp, rms_weight, rope_table, positions, slots, cache, rms_eps, tokens_per_block,
+        format, rotate=rotate_activation, rows_out=kv_out, codes_out=codes_out,
+        scales_out=scales_out,
+    )  # fmt: skip
 
 
+@functools.cache
 def _format(cache_scale_type: int, dtype: torch.dtype, head_dim: int) -> tuple[str, int]:
     """The cache format of kvfold's table, and the bytes of a row with its scales."""
     if cache_scale_type == 0:
@@ -144,26 +147,39 @@ def _cache_pages(kv_cache: Tensor, page_bytes: int) -> Tensor:
     return _bytes(kv_cache).as_strided((kv_cache.nbytes // page_bytes, page_bytes), (page_bytes, 1))
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.uint8 else x.view(torch.uint8)
+@overload
+def _bytes(x: Tensor) -> Tensor: ...
+@overload
+def _bytes(x: None) -> None: ...
+def _bytes(x: Tensor | None) -> Tensor | None:
+    """The bytes of a tensor."""
+    return x if x is None or x.dtype == torch.uint8 else x.view(torch.uint8)
 
 
-def _check(arguments: dict[str, Any], metadata: Sequence[Tensor]) -> None:
-    """Raises ValueError for arguments that are not accepted, before anything is launched."""
-    tensors = [x for x in (*arguments.values(), *metadata) if isinstance(x, Tensor)]
+def _check(metadata: Sequence[Tensor], *arguments: Any) -> None:
+    """Raises ValueError for arguments that are not accepted, before anything is launched.
+
+    Args:
+        metadata: as row_slots takes it.
+        arguments: of norm_rope_store; slots have no values yet.
+    """
     key = (
-        *[x for x in arguments.values() if not isinstance(x, Tensor)],
-        *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors],
+        *[x for x in arguments if not isinstance(x, Tensor)],
+        *[
+            (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+            for x in (*arguments, *metadata)
+            if isinstance(x, Tensor)
+        ],
     )
     if key in _accepted:
         return
-    rows = arguments["rows"]
+    checked = Arguments(*arguments)
+    device = checked.rows.device
     for (name, (dimensions, dtype)), x in zip(METADATA.items(), metadata, strict=True):
-        if (x.dim(), x.dtype, x.device) != (dimensions, dtype, rows.device):
+        if (x.dim(), x.dtype, x.device) != (dimensions, dtype, device):
             value = f"of shape {list(x.shape)}, {x.dtype}, on {x.device}"
-            refuse(name, value, f"{dimensions}-dimensional, {dtype}, on {rows.device}")
-    slots = rows.new_empty(rows.shape[0], dtype=torch.int64)
-    check(SPEC, Arguments(**arguments, slots=slots))
+            refuse(name, value, f"{dimensions}-dimensional, {dtype}, on {device}")
+    check(SPEC, checked)
     if len(_accepted) >= CAPACITY:
         _accepted.clear()
     _accepted.add(key)

@@ -1,6 +1,7 @@
 """The op that takes rows to the cache, through torch.ops.trtllm, to the byte."""
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -206,13 +207,14 @@ def test_calls_of_a_step_with_other_metadata_have_slots_of_their_own(change, loc
         assert_stores_in_place(call)
         if change == "tokens_per_block":
             call["tokens_per_block"] = 2
-        elif change == "layout":  # the same address, another stride
-            table = call["block_offsets"]
-            call["block_offsets"] = table.as_strided((3, 2), (table.stride(0) - 1, 1))
+        elif change == "layout":  # the same address and length, another stride
+            call["start_pos"] = torch.tensor([0, 5, 3, 1, 4, 2], dtype=torch.int32)[:3]
+            assert_stores_in_place(call)
+            call["start_pos"] = call["start_pos"].as_strided((3,), (2,))
         else:
             call[change] = call[change].clone().flip(0)
         assert_stores_in_place(call)
-    assert located.calls == 2
+    assert located.calls == 2 + (change == "layout")
 
 
 def test_a_step_ends_and_belongs_to_its_thread(located):
@@ -235,12 +237,15 @@ def test_a_step_ends_and_belongs_to_its_thread(located):
     assert located.calls == 7
 
 
-def test_memory_that_is_freed_in_a_step_is_not_taken_for_another_tensor(located):
+def test_the_metadata_of_a_step_is_kept_until_it_ends():
+    """No other tensor takes its memory."""
+    call = scatter_call(MIXED)
+    names = ("num_outputs", "cu_kv_comp", "start_pos", "block_offsets", "compressed_mask")
     with trtllm.step():
-        for start in range(5):
-            call = scatter_call([(start, 2, 2), (1, 1, 1)])
-            assert_stores_in_place(call)
-            del call
+        trtllm.compressor_postprocess_scatter(**call)
+        kept = [weakref.ref(call.pop(name)) for name in names]
+        assert all(one() is not None for one in kept)
+    assert all(one() is None for one in kept)
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -278,7 +283,7 @@ def test_memory_that_is_freed_in_a_step_is_not_taken_for_another_tensor(located)
 def test_arguments_that_are_not_accepted_are_named(changed, message, monkeypatch):
     call = scatter_call(MIXED) | changed
     before = copied(call)
-    monkeypatch.setattr(torch, "full", None)  # would compute slots
+    monkeypatch.setattr(torch.Tensor, "fill_", None)  # the first step to slots
     with pytest.raises(ValueError, match=message):
         SCATTER(*call.values())
     assert_same_memory(call, before)
