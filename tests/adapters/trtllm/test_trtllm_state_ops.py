@@ -37,7 +37,7 @@ def assert_does(op, call, device):
 
 @DEVICES
 @pytest.mark.parametrize("next_n", range(1, 9))
-@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("ratio", [2, 4, 128])
 def test_decode_of_every_next_n(ratio, next_n, device):
     starts = [0, ratio - next_n % ratio, 3 * ratio - 1, 2 * ratio, ratio + 1]
     call = decode_call(starts, next_n, ratio=ratio, page_size=32, seed=next_n)
@@ -149,6 +149,19 @@ def test_decode_keeps_one_table_for_both_pools(device):
     call["block_table_score"] = call["block_table_kv"]
     call["paged_score"].nan_to_num_()
     assert_does(DECODE, call, device)
+
+
+@DEVICES
+@pytest.mark.xfail(raises=ValueError, strict=True, reason="kvfold refuses pools of one memory")
+@pytest.mark.parametrize("op", [DECODE, PREFILL])
+def test_pools_of_one_memory_whose_tables_name_different_pages(op, device):
+    """The engine's cache manager may give both pools as the whole memory that both lie in."""
+    call = decode_call([3, 6], 2) if op is DECODE else prefill_call([(3, 9), (0, 6)])
+    both = torch.stack([call["paged_kv"], call["paged_score"]], dim=1).flatten(0, 1)
+    call["paged_kv"], call["paged_score"] = both, both.view_as(both)
+    for number, name in enumerate(("block_table_kv", "block_table_score")):
+        call[name] = torch.where(call[name] >= 0, 2 * call[name] + number, -1)
+    assert_does(op, call, device)
 
 
 # ---- prefill -------------------------------------------------------------------------------------
