@@ -25,7 +25,7 @@ def row_slots(
     so the engine has it.
 
     Args:
-        slots: [num_rows], int64, mutated: memory to work in.
+        slots: [num_rows], int64, mutated: gets them.
         num_outputs: [batch], int32.
         cu_kv_comp, start_pos, block_offsets: [batch + 1], [batch] and [batch, max_blocks] or
             longer, int32.
@@ -46,4 +46,4 @@ def row_slots(
         torch.empty(num_rows, dtype=torch.int32, device=device), slots, 1, tokens_per_block,
         block_table_cache=block_offsets, new_tokens=num_outputs,
     )  # fmt: skip
-    return torch.where(compressed_mask, slots, -1)
+    return slots.masked_fill_(compressed_mask.logical_not(), -1)

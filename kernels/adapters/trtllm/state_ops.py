@@ -12,9 +12,9 @@ from kvfold.runtime import internals
 MAX_NEXT_N = 8
 OVERLAP_RATIO = 4  # windows of this ratio overlap, those of others do not
 
-# (device, stream, batch, next_n) -> [batch], int32, next_n in every element. Captured graphs read
-# these tensors, so they are never freed.
-_uniform_counts: dict[tuple, Tensor] = {}
+# (device, batch, next_n) -> stream -> [batch], int32, next_n in every element, made on that stream.
+# Captured graphs read these tensors, so they are never freed.
+_uniform_counts: dict[tuple, dict[int, Tensor]] = {}
 
 
 def compressor_paged_kv_compress(
@@ -144,13 +144,15 @@ def _tables(
 
 def _uniform(like: Tensor, batch_size: int, next_n: int) -> Tensor:
     """[batch_size], int32, every element next_n, on the device of a tensor."""
-    device = like.device
-    on_gpu = like.is_cuda
-    key = device, internals.raw_stream(device.index) if on_gpu else 0, batch_size, next_n
-    counts = _uniform_counts.get(key)
-    if counts is None:
-        counts = torch.full((batch_size,), next_n, dtype=torch.int32, device=device)
-        # A tensor that a capture makes has its values only after a replay.
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            _uniform_counts[key] = counts
+    device, on_gpu = like.device, like.is_cuda
+    stream = internals.raw_stream(device.index) if on_gpu else 0
+    made = _uniform_counts.setdefault((device, batch_size, next_n), {})
+    if stream in made:
+        return made[stream]
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if capturing and made:  # filled long ago: a graph runs after its capture
+        return next(iter(made.values()))
+    counts = torch.full((batch_size,), next_n, dtype=torch.int32, device=device)
+    if not capturing:  # else only a replay fills it
+        made[stream] = counts
     return counts

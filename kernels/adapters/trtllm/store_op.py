@@ -57,7 +57,7 @@ def compressor_postprocess_scatter(
     one request, row i is row start_pos[0] + i, whatever cu_kv_comp is. All other rows, and rows
     without a page or with a position outside cos_sin_table, are skipped as a whole.
 
-    Where a row goes is computed on the device, in four small launches; see `step`.
+    Where a row goes is computed on the device, in five small launches; see `step`.
 
     Args:
         kv_comp: [num_rows, head_dim], bf16 or fp32: the rows.
