@@ -51,8 +51,8 @@ def shared(key: tuple, tensors: Sequence[Tensor], make: Callable[[], Tensor]) ->
     made = _shared.made
     if made is None:
         return make()
-    addresses = [x.data_ptr() for x in tensors]
-    place = (*key, *addresses, *[x.stride() for x in tensors], _stream(tensors[0]))
+    layout = *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)
+    place = *key, *layout, _stream(tensors[0])
     found = made.get(place)
     if found is None:
         found = made[place] = make(), tensors
