@@ -28,14 +28,6 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Run:
     """A simulation whose every call is checked."""
 

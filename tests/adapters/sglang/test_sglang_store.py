@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-class KVLayout(str, Enum):
+class KVLayout(str, Enum):  # noqa: UP042
     """As SGLang's."""
 
     V4 = "v4"
