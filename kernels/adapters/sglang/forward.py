@@ -55,22 +55,17 @@ def compress_forward(
         ValueError: an argument is not accepted. Nothing is launched or written.
     """
     step = Step.of("compress_forward", plan, kv_score_buffer.data_ptr())
-    layout = (
-        kv_score_buffer.shape,
-        kv_score_input.shape,
-        ape.shape,
-        kv_score_buffer.dtype,
-        kv_score_input.dtype,
-        head_dim,
-        compress_ratio,
-        is_online,
-        None if out is None else (out.shape, out.dtype),
-    )
-    if layout not in step.accepted:
+    # The op checks the rest. A check here is for what it cannot know, and for the first call of a
+    # step, which launches what makes the metadata.
+    call = (
+        kv_score_buffer.shape, kv_score_input.shape, ape.shape, head_dim, compress_ratio,
+        is_online, None if out is None else out.shape,
+    )  # fmt: skip
+    if call not in step.accepted:
         _check(kv_score_buffer, kv_score_input, ape, plan, head_dim, compress_ratio, out, is_online)
-        step.accepted.add(layout)
+        step.accepted.add(call)
     if out is None:
-        out = kv_score_input.new_empty((plan[1].size(0), head_dim))
+        out = kv_score_input.new_empty((plan[1].shape[0], head_dim))
     ape = kvfold_ape(ape, compress_ratio, kv_score_input.dtype)
     paged_kv, paged_score = state_views(kv_score_buffer)
     if plan.is_decode:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Kept = TypeVar("Kept")
 
+ATTRIBUTE = "_kvfold_kept"  # of a tensor: what is kept with it
+NOTHING: dict[Hashable, Any] = {}
+
 
 def kept(tensor: Tensor, kind: Hashable, make: Callable[[Tensor], Kept]) -> Kept:
     """What `make` returns for a tensor; made once per memory and shape.
@@ -18,22 +21,36 @@ def kept(tensor: Tensor, kind: Hashable, make: Callable[[Tensor], Kept]) -> Kept
     tensor that the view is of. `make` gets an alias, so that a view of it does not keep the tensor
     alive.
     """
-    known = _of_owner(tensor)
-    key = (kind, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    base = tensor._base
+    known = getattr(tensor if base is None else base, ATTRIBUTE, NOTHING)
+    key = (kind, tensor.data_ptr(), tensor.shape, tensor.stride())
     found = known.get(key)
     if found is None:
-        found = known[key] = make(tensor.data)
+        found = _of_owner(tensor)[key] = make(tensor.data)
     return found
 
 
 def state_views(kv_score_buffer: Tensor) -> tuple[Tensor, Tensor]:
     """KV and score of a packed state [pages, rows, kv | score]."""
-    return kept(kv_score_buffer, "state", lambda x: x.split(x.size(2) // 2, dim=2))
+    return kept(kv_score_buffer, "state", _halves)
+
+
+def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    width = packed.size(2) // 2
+    return packed[..., :width], packed[..., width:]
 
 
 def rope_table(freq_cis: Tensor) -> Tensor:
     """[max_pos, pairs], complex64, as a view [max_pos, 2, pairs] of fp32."""
-    return kept(freq_cis, "rope", lambda x: torch.view_as_real(x).transpose(1, 2))
+    return kept(freq_cis, "rope", _cos_and_sin)
+
+
+def _cos_and_sin(freq_cis: Tensor) -> Tensor:
+    return torch.view_as_real(freq_cis).transpose(1, 2)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Converted:
@@ -52,12 +69,21 @@ class Converted:
         self.version = version
 
 
-def converted(tensor: Tensor, kind: Hashable, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """`convert(tensor)`, converted once, and again after torch has counted a write."""
-    version = 0 if tensor.is_inference() else tensor._version
-    found = kept(tensor, kind, lambda x: Converted(x, convert, version))
-    if found.version != version:
-        found.refresh(version)
+def converted(
+    tensor: Tensor, key: Hashable, convert: Callable[..., Tensor], *arguments: Any
+) -> Tensor:
+    """`convert(tensor, *arguments)`, converted once, and again after torch has counted a write."""
+    base = tensor._base
+    known = getattr(tensor if base is None else base, ATTRIBUTE, NOTHING)
+    key = (key, tensor.data_ptr(), tensor.shape)
+    found = known.get(key)
+    if found is None:
+        if tensor.is_inference():  # torch counts no writes to it
+            return convert(tensor, *arguments)
+        found = Converted(tensor.data, lambda x: convert(x, *arguments), tensor._version)
+        _of_owner(tensor)[key] = found
+    elif found.version != tensor._version:
+        found.refresh(tensor._version)
     return found.tensor
 
 
@@ -75,8 +101,8 @@ def parameter(tensor: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
         rounded_to: the dtype of its values; None is its own.
     """
     if rounded_to is None or rounded_to == tensor.dtype:
-        return kept(tensor, "plain", lambda x: x)
-    return converted(tensor, ("rounded", rounded_to), lambda x: x.to(rounded_to))
+        return kept(tensor, "plain", _itself)
+    return converted(tensor, rounded_to, Tensor.to, rounded_to)
 
 
 def kvfold_ape(ape: Tensor, ratio: int, rounded_to: torch.dtype) -> Tensor:
@@ -85,16 +111,20 @@ def kvfold_ape(ape: Tensor, ratio: int, rounded_to: torch.dtype) -> Tensor:
     SGLang has the halves of an overlapping window's ape one below the other,
     [2 * ratio, head_dim], and rounds it to the dtype of kv_score_input.
     """
-    if ape.size(0) == ratio and ape.dtype == rounded_to == torch.float32:
-        return parameter(ape)
-    return converted(
-        ape,
-        ("ape", rounded_to),
-        lambda x: torch.cat(x.to(rounded_to).float().split(ratio), dim=1),
-    )
+    if ratio == 128 and ape.dtype is rounded_to is torch.float32:
+        return kept(ape, "plain", _itself)
+    return converted(ape, (ratio, rounded_to), _relaid, ratio, rounded_to)
+
+
+def _relaid(ape: Tensor, ratio: int, rounded_to: torch.dtype) -> Tensor:
+    return torch.cat(ape.to(rounded_to).float().split(ratio), dim=1)
 
 
 def _of_owner(tensor: Tensor) -> dict[Hashable, Any]:
     """What is kept with a tensor, or with the one that it is a view of."""
     owner = tensor if tensor._base is None else tensor._base
-    return owner.__dict__.setdefault("_kvfold_kept", {})
+    known = getattr(owner, ATTRIBUTE, None)
+    if known is None:
+        known = {}
+        setattr(owner, ATTRIBUTE, known)
+    return known

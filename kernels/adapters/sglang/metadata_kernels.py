@@ -11,15 +11,12 @@ writes outside its tensors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvfold.adapters.sglang.metadata import DecodeMetadata, PrefillMetadata, RowMetadata
+from kvfold.adapters.sglang.metadata import DecodeMetadata, PrefillMetadata, RowMetadata
 
 BLOCK = 128  # entries of a program
 PREFILL_BLOCK = 1024  # entries, or tokens, that the one program of a prefill plan takes at a time

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvfold.adapters.sglang.metadata import DecodeMetadata, PrefillMetadata, RowMetadata
+from kvfold.adapters.sglang.metadata import DecodeMetadata, PrefillMetadata, RowMetadata
 
 
 def fill_decode(entries: Tensor, ratio: int, metadata: DecodeMetadata) -> None:

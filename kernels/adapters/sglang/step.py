@@ -19,29 +19,25 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.adapters.sglang.metadata import (
-    DecodeMetadata,
-    PrefillMetadata,
-    RowMetadata,
-    decode_metadata,
-    prefill_metadata,
-    row_metadata,
-)
+from kvfold.adapters.sglang.metadata import DecodeMetadata, PrefillMetadata, RowMetadata
 from kvfold.adapters.sglang.plan import check_plan
+from kvfold.adapters.sglang.prepare import decode_metadata, prefill_metadata, row_metadata
 
 Made = TypeVar("Made")
+
+ATTRIBUTE = "_kvfold_steps"  # of a plan's first tensor: its steps, by whether they are captured
 
 
 class Step:
     """The metadata of one plan in one step.
 
     Attributes:
-        accepted: the layouts of calls that have been checked.
+        accepted: what tells apart the calls that have been checked.
     """
 
-    def __init__(self, plan: Any) -> None:
+    def __init__(self, part: Tensor) -> None:
         self.accepted: set[tuple] = set()
-        self._version = _version(plan)
+        self._version = _version(part)
         self._layers: set[int] = set()
         self._by_tokens: dict[int, OnStreams[Any]] = {}
         self._rows: OnStreams[RowMetadata] | None = None
@@ -56,14 +52,16 @@ class Step:
             layer: the address of the state, or of the cache, that the call writes.
         """
         part = plan[1]
-        if not isinstance(part, Tensor):
+        steps = getattr(part, ATTRIBUTE, None)
+        if steps is None:
             check_plan(function, plan)
+            steps = {}
+            setattr(part, ATTRIBUTE, steps)
         capturing = part.is_cuda and torch.cuda.is_current_stream_capturing()
-        steps = part.__dict__.setdefault("_kvfold_steps", {})
         step = steps.get(capturing)
-        if step is None or layer in step._layers or step._version != _version(plan):
+        if step is None or layer in step._layers or step._version != _version(part):
             check_plan(function, plan)
-            step = steps[capturing] = cls(plan)
+            step = steps[capturing] = cls(part)
         step._layers.add(layer)
         return step
 
@@ -80,7 +78,7 @@ class Step:
         if made is None:
             made = OnStreams(prefill_metadata(plan, num_tokens), plan[1].is_cuda)
             self._by_tokens[num_tokens] = made
-            self._version = _version(plan)  # the plan has been sorted
+            self._version = _version(plan[1])  # the plan has been sorted
         return made.get()
 
     def rows(self, plan: Any, out_loc: Tensor) -> RowMetadata:
@@ -112,6 +110,6 @@ class OnStreams(Generic[Made]):
         return self._made
 
 
-def _version(plan: Any) -> int:
+def _version(part: Tensor) -> int:
     """Counts the writes to a plan by torch; torch counts none to an inference tensor."""
-    return 0 if plan[1].is_inference() else plan[1]._version
+    return 0 if part.is_inference() else part._version

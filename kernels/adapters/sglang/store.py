@@ -24,6 +24,8 @@ FORMATS = {
     "uniform_fp8": "fp8_tensor",
 }
 
+NO_OTHERS = (None, None, None, None)
+
 
 def compress_norm_rope_store(
     kv: Tensor,
@@ -70,15 +72,13 @@ def compress_norm_rope_store(
         ValueError: an argument is not accepted. Nothing is launched or written.
     """
     step = Step.of("compress_norm_rope_store", plan, kvcache.data_ptr())
-    others = kvcache_scale, rope_cache, fp4_k_write_metadata, kvcache_rope
     format = cache_format(kv.size(-1), use_fp4, bf16_store, layout)
-    call = (
-        kv.shape, kv.dtype, norm_weight.shape, norm_weight.dtype, freq_cis.shape, freq_cis.dtype,
-        out_loc.shape, out_loc.dtype, kvcache.shape, kvcache.dtype, fp8_2buff, page_size,
-        format, others == (None, None, None, None),
-    )  # fmt: skip
+    if fp8_2buff or (kvcache_scale, rope_cache, fp4_k_write_metadata, kvcache_rope) != NO_OTHERS:
+        _refuse_others(fp8_2buff, kvcache_scale, rope_cache, fp4_k_write_metadata, kvcache_rope)
+    # The op checks the rest. A check here is for what it cannot know, and for the first call of a
+    # step, which launches what makes the metadata.
+    call = (kv.shape, out_loc.shape, out_loc.dtype, page_size)
     if call not in step.accepted:
-        _check_others(fp8_2buff, *others)
         _check(kv, plan, norm_weight, freq_cis, out_loc, kvcache, page_size, format)
         step.accepted.add(call)
     if not kv.size(0):
@@ -96,7 +96,7 @@ def compress_norm_rope_store(
     )  # fmt: skip
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def cache_format(head_dim: int, use_fp4: bool, bf16_store: bool, layout: Any) -> str:
     """The name of the cache format that SGLang's arguments stand for. Raises ValueError."""
     function = "compress_norm_rope_store"
@@ -116,6 +116,7 @@ def cache_format(head_dim: int, use_fp4: bool, bf16_store: bool, layout: Any) ->
     return "bf16" if bf16_store else FORMATS[name]
 
 
+@functools.lru_cache(maxsize=256)
 def rounding(format: str, dtype: torch.dtype) -> str:
     """Where SGLang rounds rows of a dtype on their way to a format."""
     if format == "mixed_584":
@@ -126,10 +127,10 @@ def rounding(format: str, dtype: torch.dtype) -> str:
     return "once"
 
 
-def _check_others(
+def _refuse_others(
     fp8_2buff: bool, kvcache_scale: Any, rope_cache: Any, metadata: Any, kvcache_rope: Any
 ) -> None:
-    """Checks the arguments that kvfold has no use for. Raises ValueError."""
+    """Raises ValueError for an argument that kvfold has no use for."""
     function = "compress_norm_rope_store"
     if fp8_2buff:
         refuse(function, "fp8_2buff", fp8_2buff, "False; a cache format has one pool")
