@@ -118,9 +118,8 @@ def _decode(
     length = tl.where(used, length, 0)
     window = tl.where(used, (length - 1) // ratio, 0)
     if overlaps:
-        # Window 0 has none before it.
+        # Of window 0 it is the window's own page.
         page_before = tl.load(entries + 4 * request + 2, mask=exists, other=-1)
-        page_before = tl.where(window > 0, page_before, page)
         tl.store(block_table + 2 * request, page_before, mask=exists)
         tl.store(block_table + 2 * request + 1, page, mask=exists)
         first = tl.maximum(window - 1, 0)
@@ -263,7 +262,6 @@ def _prefill(
         page = tl.where(held > 0, page, 0)
         if overlaps:
             page_before = tl.where(held > 0, page_before, 0)
-            page_before = tl.where(window > 0, page_before, page)
             base = tl.maximum(window - 1, 0)
         else:
             page_before = page

@@ -19,9 +19,8 @@ def fill_decode(entries: Tensor, ratio: int, metadata: DecodeMetadata) -> None:
     batch = torch.arange(entries.size(0) + 1)
     requests.cu_seq_lens.copy_(batch)
     requests.cu_outputs.copy_(batch)
+    requests.block_table[:, 0] = page_before  # window 0 has its own page here
     requests.block_table[:, -1] = page
-    if ratio == 4:  # window 0 has none before it
-        requests.block_table[:, 0] = torch.where(window > 0, page_before, page)
     closes = used & (length % ratio == 0)
     metadata.positions.copy_(torch.where(closes, length - ratio, -1))
 
@@ -105,10 +104,7 @@ def _fill_runs(
     begin, end = token[row] - new + 1, token[ends][:runs] + 1
     # Without old rows SGLang leaves the pages unset.
     page = torch.where(held > 0, page, 0)[row]
-    page_before = torch.where(held > 0, page_before, 0)[row]
-    if not overlaps:
-        page_before = page
-    page_before = torch.where(window > 0, page_before, page)
+    page_before = torch.where(held > 0, page_before, 0)[row] if overlaps else page
     first = (window - 1 if overlaps else window).clamp(min=0)
     start = length[row] - new - first * ratio
     valid = (new > 0) & (start >= 0) & (page >= 0) & (page_before >= 0)

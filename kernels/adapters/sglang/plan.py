@@ -1,11 +1,14 @@
 """SGLang's plans: their layout in memory, and the checks of one.
 
 A decode plan has one entry per request, of four 32-bit words: the request's tokens after the step,
-the state row that the new token goes to, and the pages of the window before and of the window that
-the token belongs to. A prefill plan has two tensors. An entry of plan_c is a window that closes:
-its tokens, ragged id (16 bits) and number of rows that are still in the state (16 bits), and two
-pages. An entry of plan_w is a row to store: its ragged id and its state row. A ragged id is a row
-of kv_score_input. The first word of an entry that is not used is all ones.
+the state row that the new token goes to, and two pages: that of the window before the token's, and
+that of the token's window. Window 0 counts as the one before itself.
+
+A prefill plan has two tensors. An entry of plan_c is a window that closes: its tokens, its ragged
+id (16 bits), the number of its rows that are still in the state (16 bits), and two pages, which are
+set only if there are such rows. An entry of plan_w is a row to store: its ragged id and its state
+row. A ragged id is a row of kv_score_input. The first word of an entry that is not used is all
+ones.
 """
 
 from __future__ import annotations

@@ -137,6 +137,16 @@ def test_one_long_prompt_beside_short_ones(layout):
     run.check(run.simulation.decode(run.simulation.requests))
 
 
+@pytest.mark.parametrize("page", [-1, 12345, 2**31 - 1])
+def test_the_pages_of_a_window_without_old_rows_are_not_used(page):
+    run = Run(LAYOUTS["c128-ring128"])
+    call = run.simulation.extend(run.simulation.requests, [300, 256, 130])
+    entries = call.plan.plan_c.view(torch.int32)
+    entries[:, 2:] = page
+    run.check(call)
+    assert run.closed == 5
+
+
 @each_layout
 @pytest.mark.parametrize("decode", [False, True])
 def test_an_empty_batch_writes_nothing(layout, decode):
