@@ -77,12 +77,15 @@ def converted(
     known = getattr(tensor if base is None else base, ATTRIBUTE, NOTHING)
     key = (key, tensor.data_ptr(), tensor.shape)
     found = known.get(key)
+    if found is not None and found.version == tensor._version:
+        return found.tensor
+    # Torch counts no writes to an inference tensor. What a capture writes is not there after it.
+    if tensor.is_inference() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return convert(tensor, *arguments)
     if found is None:
-        if tensor.is_inference():  # torch counts no writes to it
-            return convert(tensor, *arguments)
         found = Converted(tensor.data, lambda x: convert(x, *arguments), tensor._version)
         _of_owner(tensor)[key] = found
-    elif found.version != tensor._version:
+    else:
         found.refresh(tensor._version)
     return found.tensor
 

@@ -93,9 +93,19 @@ def fill_rows(windows: Tensor, out_loc: Tensor, ratio: int, metadata: RowMetadat
     )
 
 
-# No value of the integers makes a kernel of its own: a call must not meet a compilation just
-# because its batch differs.
-@triton.jit(do_not_specialize=["batch"])
+# No value of these makes a kernel of its own, neither the integers nor where a tensor begins: a
+# call must not meet a compilation just because its batch differs.
+@triton.jit(
+    do_not_specialize=[
+        "entries",
+        "kv_lens",
+        "cu_seq_lens",
+        "cu_outputs",
+        "block_table",
+        "positions",
+        "batch",
+    ]
+)
 def _decode(
     entries,
     kv_lens,
@@ -131,7 +141,16 @@ def _decode(
     tl.store(positions + request, tl.where(closes, length - ratio, -1), mask=exists)
 
 
-@triton.jit(do_not_specialize=["num_windows", "num_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "windows",
+        "out_loc",
+        "positions",
+        "slots",
+        "num_windows",
+        "num_tokens",
+    ]
+)
 def _rows(
     windows,
     out_loc,
@@ -179,7 +198,26 @@ def _entry_of(entry_of_token, token, num_tokens):
     return tl.load(entry_of_token + token, mask=exists, other=0) - 1
 
 
-@triton.jit(do_not_specialize=["num_windows", "num_rows", "num_tokens", "most_runs", "num_pages"])
+@triton.jit(
+    do_not_specialize=[
+        "windows",
+        "rows",
+        "kv_lens",
+        "cu_seq_lens",
+        "cu_outputs",
+        "pages",
+        "store_kv_lens",
+        "store_cu_seq_lens",
+        "store_cu_outputs",
+        "store_table",
+        "scratch",
+        "num_windows",
+        "num_rows",
+        "num_tokens",
+        "most_runs",
+        "num_pages",
+    ]
+)
 def _prefill(
     windows,
     rows,

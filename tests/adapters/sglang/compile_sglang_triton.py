@@ -43,7 +43,7 @@ def main() -> None:
         param.name
         for kernel in (_decode, _rows, _prefill)
         for param in kernel.params
-        if param.name in INTEGERS and not param.do_not_specialize
+        if not (param.is_constexpr or param.do_not_specialize)
     ]
     barriers = [text.count("gpu.barrier") + text.count("ttg.barrier") for text in code]
     print(json.dumps({"barriers": barriers, "specialized": specialized}))

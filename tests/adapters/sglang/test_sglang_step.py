@@ -156,6 +156,15 @@ def test_the_ape_follows_its_parameter(ratio, dtype):
         assert torch.equal(found, expected())
 
 
+def test_an_ape_that_is_an_inference_tensor():
+    with torch.inference_mode():
+        ape = torch.randn(8, 128)
+        for _ in range(2):
+            found = kept.kvfold_ape(ape.view(-1, 128), 4, FP32)
+            assert torch.equal(found, torch.cat([ape[:4], ape[4:]], dim=1))
+            ape.add_(1)
+
+
 def changed(call, **changes):
     return {
         name: change(call[name]) if callable(change) else change for name, change in changes.items()
