@@ -9,6 +9,8 @@ from vllm_cases import (
     adapter_layer,
     assert_same_bytes,
     build,
+    padded,
+    random_steps,
     replay_steps,
     run_steps,
     serving_steps,
@@ -44,6 +46,12 @@ def test_tokens_that_are_computed_again_are_not_stored(name):
     assert run_steps(KINDS[name], replay_steps(KINDS[name])) > 5
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["c128", "index_fp8", "index_pages_6"])
+def test_random_steps(name, seed):
+    assert run_steps(KINDS[name], random_steps(KINDS[name], seed)) > 2
+
+
 @pytest.mark.parametrize("replays", [True, False])
 def test_query_start_loc_may_begin_behind_padding(replays):
     batches = [shifted(batch, 3) for batch in serving_steps(KIND)]
@@ -63,6 +71,12 @@ def test_decodes_through_the_prefill_op_are_the_same(name):
     batches = [replace(batch, max_query_len=999) for batch in serving_steps(kind)]
     assert all(build(kind, batch).next_n is None for batch in batches[:2])
     assert run_steps(kind, batches, replays=False) > 10
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_batches_that_are_padded_to_one_shape_are_the_same(replays):
+    steps = list(serving_steps(KIND))
+    assert run_steps(KIND, [padded(batch, steps) for batch in steps], replays=replays) > 10
 
 
 def test_rows_of_kv_score_beyond_the_slots_are_not_read():

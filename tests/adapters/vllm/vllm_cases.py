@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
-from vllm_engine import EPS, Batch, Batcher, Kind, Layer, run_oracle
+from vllm_engine import EPS, Batch, Batcher, Kind, Layer, Request, run_oracle
 
 from kvfold.adapters.vllm import CompressorLayer, StepMetadata
 
@@ -54,6 +55,63 @@ def replay_steps(kind: Kind, seed: int = 0) -> Iterator[Batch]:
     yield vllm.step({"b": ratio + 1, "c": 2 * ratio}, replayed={"c": ratio})
 
 
+def random_steps(kind: Kind, seed: int, count: int = 25) -> Iterator[Batch]:
+    """Steps of up to 4 requests with all of the above, drawn at random."""
+    rng = np.random.default_rng(seed)
+    vllm = Batcher(kind, BLOCKS, seed)
+    ratio, block = kind.compress_ratio, kind.block_size
+
+    def few() -> int:
+        return int(rng.integers(4) == 0) * int(rng.integers(1, 5))
+
+    for number in range(count):
+        if len(vllm.requests) < 4 and vllm.requests and rng.random() < 0.3:
+            other = str(rng.choice(list(vllm.requests)))
+            length = vllm.requests[other].length // block * block
+            # Pages that no window of the other one reads any more may be gone.
+            if length >= vllm.requests[other].length - block:
+                vllm.share(f"shared {number}", other, length)
+        elif len(vllm.requests) < 4:
+            vllm.requests[f"new {number}"] = Request()
+        names = [name for name in vllm.requests if rng.random() < 0.8]
+        most = int(rng.choice([1, 2, 8, 2 * ratio]))
+        new = {name: int(rng.integers(0, most + 1)) for name in names}
+        replayed = {
+            name: int(rng.integers(0, vllm.requests[name].length + 1))
+            for name in names
+            if rng.random() < 0.2
+        }
+        if most <= 8:
+            replayed = {name: min(again, 8 - new[name]) for name, again in replayed.items()}
+        unstored = {name: min(new[name], few()) for name in names}
+        # A draft may be rejected that has a slot; the tokens without one come last.
+        rejected = {name: min(new[name], unstored[name] + few()) for name in names}
+        yield vllm.step(
+            new, rejected=rejected, replayed=replayed, unstored_end=unstored,
+            dummies=[few() for _ in range(few() // 2)], padding_requests=few(),
+            padding_tokens=few(),
+        )  # fmt: skip
+
+
+def padded(batch: Batch, like: Iterable[Batch]) -> Batch:
+    """The batch with the shapes of the largest of some batches, as a CUDA graph has them."""
+    shapes = [(len(b.slot_mapping), *b.block_table.shape, b.max_query_len) for b in like]
+    tokens, requests, columns, most = (max(sizes) for sizes in zip(*shapes, strict=True))
+    tokens -= len(batch.slot_mapping)
+    rows = requests - len(batch.seq_lens)
+    pad = torch.nn.functional.pad
+    return Batch(
+        pad(batch.kv_score, (0, 0, 0, tokens)),
+        pad(batch.positions, (0, tokens)),
+        pad(batch.query_start_loc, (0, rows), value=int(batch.query_start_loc[-1])),
+        pad(batch.seq_lens, (0, rows)),
+        pad(batch.block_table, (0, columns - batch.block_table.size(1), 0, rows)),
+        pad(batch.slot_mapping, (0, tokens), value=-1),
+        pad(batch.cache_slot_mapping, (0, tokens), value=-1),
+        most,
+    )
+
+
 def adapter_layer(layer: Layer) -> CompressorLayer:
     """The adapter's view of a layer."""
     return CompressorLayer(
@@ -96,7 +154,7 @@ def run_steps(
     ours = adapter_layer(actual)
     rows = 0
     for number, batch in enumerate(batches):
-        rows += run_oracle(expected, batch)
+        rows += run_oracle(expected, batch, device)
         there = batch.to(device)
         ours.compress_and_store(there.kv_score, build(kind, there, replays=replays))
         assert_same_bytes(actual, expected, f"step {number}")

@@ -316,13 +316,14 @@ class Batcher:
 # ---- what vLLM's kernels do ----------------------------------------------------------------------
 
 
-def run_oracle(layer: Layer, batch: Batch) -> int:
+def run_oracle(layer: Layer, batch: Batch, device: str = "cpu") -> int:
     """Does to a layer what vLLM's kernels do in a step; returns how many rows it stores.
 
     First every token with a slot goes to the state. Then every such token that closes a window
     reads the window's rows from the state. The sums of a window are those of a plain call of
-    kvfold, because the order of a sum is not part of a format; they are compared with float64 sums
-    here. Norm, RoPE, quantisation and store are row_oracle's.
+    kvfold on `device`, because the order of a sum is not part of a format; they are compared with
+    float64 sums here. Norm, RoPE, quantisation and store are row_oracle's. Layer and batch are on
+    the CPU.
     """
     kind, state = layer.kind, layer.state_cache
     request = np.repeat(
@@ -349,7 +350,7 @@ def run_oracle(layer: Layer, batch: Batch) -> int:
         windows.append(torch.stack(rows))
     if not closing:
         return 0
-    compressed = compress(kind, windows)
+    compressed = compress(kind, [window.to(device) for window in windows]).cpu()
     for row, window in zip(compressed, windows, strict=True):
         torch.testing.assert_close(row.double(), exact(kind, window), atol=2e-5, rtol=0)
     position = np.array([positions[token] for token in closing])
@@ -410,4 +411,4 @@ def compress(kind: Kind, windows: Sequence[Tensor]) -> Tensor:
         rows.to(device),
         ratio,
     )
-    return output[(rows[1:] - 1).long()]
+    return output[(rows[1:] - 1).long().to(device)]
