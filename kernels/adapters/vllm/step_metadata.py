@@ -76,7 +76,8 @@ class StepMetadata:
                 a token closes; negative: none.
             block_size: rows of a page of the state.
             compress_ratio: tokens per window.
-            max_query_len: the most new tokens of a request. Requests with more are skipped.
+            max_query_len: the most new tokens of a request. One that has more may be skipped as a
+                whole.
             replays: whether a request may have tokens without a slot beside tokens with one. False
                 is faster. A request whose first token has no slot is then skipped as a whole, and
                 all tokens of others are stored.
@@ -108,7 +109,7 @@ class StepMetadata:
         else:
             first = slot_mapping.index_select(0, query_start_loc[:-1].clamp(0, num_tokens - 1))
             # The ops skip a request of length 0 that has new tokens.
-            lengths = seq_lens.masked_fill(first < 0, 0)
+            lengths = seq_lens * (first >= 0)
             requests = _Requests(lengths, lengths, query_start_loc, block_table)
 
         cu_outputs, num_outputs = _reserve_rows(
@@ -187,8 +188,9 @@ def _stored_parts(
     counted from the first of them.
     """
     begin, end, in_a_row = _stored_tokens(query_start_loc, slot_mapping)
+    valid = in_a_row & (end - begin <= max_query_len)
     # From the end of query_start_loc: seq_lens counts the tokens without a slot too.
-    lengths = (seq_lens - (query_start_loc[1:] - end)).masked_fill_(~in_a_row, 0)
+    lengths = (seq_lens - query_start_loc[1:] + end) * valid
 
     # Pages and windows start at multiples of this, so that ape's rows and windows stay the same.
     period = math.lcm(compress_ratio, block_size)

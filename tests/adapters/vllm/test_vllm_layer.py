@@ -21,6 +21,9 @@ from vllm_engine import EPS, KINDS, Batcher, Layer, run_oracle
 from kvfold import formats
 from kvfold.adapters.vllm import CompressorLayer
 from kvfold.adapters.vllm import layer as layer_module
+from kvfold.adapters.vllm.step_metadata import MOST_DECODE_TOKENS
+from kvfold.codegen import load_table, op_spec
+from kvfold.runtime.arguments import DTYPE_NAMES
 
 torch.set_num_threads(1)
 
@@ -116,14 +119,15 @@ def test_a_request_with_tokens_without_a_slot_between_others_is_skipped():
     assert_same_bytes(layer, before, "a hole")
 
 
-def test_more_tokens_than_max_query_len_are_skipped():
+@pytest.mark.parametrize(
+    ("tokens", "most", "replays"), [(7, 4, False), (7, 4, True), (20, 9, True)]
+)
+def test_requests_of_more_tokens_than_max_query_len_are_skipped(tokens, most, replays):
     layer = Layer.make(KIND, BLOCKS)
     before = layer.to("cpu")
-    batch = replace(Batcher(KIND, BLOCKS).step({"a": 7}), max_query_len=4)
-    for replays in (False, True):
-        step = build(KIND, batch, replays=replays)
-        adapter_layer(layer).compress_and_store(batch.kv_score, step)
-        assert_same_bytes(layer, before, "longer than promised")
+    batch = replace(Batcher(KIND, BLOCKS).step({"a": tokens}), max_query_len=most)
+    adapter_layer(layer).compress_and_store(batch.kv_score, build(KIND, batch, replays=replays))
+    assert_same_bytes(layer, before, "longer than promised")
 
 
 @pytest.mark.parametrize("replays", [True, False])
@@ -163,17 +167,22 @@ def test_nonsense_in_the_metadata_writes_to_no_page_that_it_does_not_name(replay
 # ---- The scale of fp8 rows -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scale", "most"), [(1.0, 0), (0.25, 0), (8.0, 0), (0.37, 0), (1.75, 30)])
-def test_fp8_codes_of_all_bf16_values_against_vllms_reciprocal(scale, most):
+RANDOM_SCALES = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scales", "most"), [([0.25, 1.0, 8.0], 0), (RANDOM_SCALES.tolist(), 0), ([1.75], 30)]
+)
+def test_fp8_codes_of_all_bf16_values_against_vllms_reciprocal(scales, most):
     """vLLM multiplies by the rounded reciprocal of the scale. kvfold divides by the scale."""
     values = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
     rows = torch.nn.functional.pad(values, (0, -len(values) % 512)).view(-1, 512)
-    divisor = torch.tensor([scale])
-    codes, _ = formats.quantise(rows, "fp8_tensor", rope_dim=64, scale=divisor)
-    product = (rows * (1 / divisor)).clamp(-448, 448)
-    difference = codes.int() - product.to(torch.float8_e4m3fn).view(torch.uint8).int()
-    assert int((difference != 0).sum()) == most
-    assert int(difference.abs().max()) <= 1
+    for scale in torch.tensor(scales).split(1):
+        codes, _ = formats.quantise(rows, "fp8_tensor", rope_dim=64, scale=scale)
+        product = (rows * (1 / scale)).clamp(-448, 448)
+        difference = codes.int() - product.to(torch.float8_e4m3fn).view(torch.uint8).int()
+        assert int((difference != 0).sum()) == most, scale
+        assert int(difference.abs().max()) <= 1
 
 
 # ---- One launch ----------------------------------------------------------------------------------
@@ -284,3 +293,23 @@ def test_metadata_that_is_refused(name, change, accepted):
     with pytest.raises(ValueError, match=accepted) as error:
         build(KIND, wrong)
     assert f": {name} is " in str(error.value)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])
+@pytest.mark.parametrize("name", ["c4", "c128", "index_fp8", "c4_bf16_in"])
+def test_the_table_has_cuda_kernels_for_every_call(name, arch):
+    kind = KINDS[name]
+    fields = {
+        "head_dim": kind.head_dim,
+        "compress_ratio": kind.compress_ratio,
+        "kv_dtype": DTYPE_NAMES[kind.kv_dtype],
+        "state_dtype": "fp32",
+    }
+    problems = [op_spec("prefill_compress_store").problem.of(fields)]
+    decode = op_spec("paged_kv_compress_store").problem
+    problems += [decode.of(fields | {"next_n": n}) for n in range(1, MOST_DECODE_TOKENS + 1)]
+    table = load_table()
+    assert all(table.buckets_for(problem, "cuda", arch) for problem in problems)

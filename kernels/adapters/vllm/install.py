@@ -27,6 +27,14 @@ class _Batch(NamedTuple):
     max_query_len: int
 
 
+class _Bound(NamedTuple):
+    """vLLM's layers of a compressor's state and of its cache, and kvfold's on their tensors."""
+
+    state: Any
+    cache: Any
+    layer: CompressorLayer
+
+
 class _Shared(NamedTuple):
     """A step, and the metadata that it was made of."""
 
@@ -105,24 +113,26 @@ def _forward(get_forward_context: Callable[[], Any], store: Any) -> Callable[...
         metadata = context.attn_metadata
         if not isinstance(metadata, dict):  # a profiling run
             return
-        state, cache = self.state_cache, self._static_forward_context[self.k_cache_prefix]
-        layer = self.__dict__.get("kvfold_layer")
+        bound = self.__dict__.get("kvfold_bound")
         # Both caches are bound once memory is known, and again if it is allocated anew.
         if (
-            layer is None
-            or layer.state_cache is not state.kv_cache
-            or layer.kv_cache is not cache.kv_cache
+            bound is None
+            or bound.layer.state_cache is not bound.state.kv_cache
+            or bound.layer.kv_cache is not bound.cache.kv_cache
         ):
-            layer = self.kvfold_layer = _layer(self, cache, rotary_emb, store)
+            bound = self.kvfold_bound = _bind(self, rotary_emb, store)
         step = _step(
-            context, metadata[state.prefix], metadata[self.k_cache_prefix], self.compress_ratio
+            context,
+            metadata[bound.state.prefix],
+            metadata[self.k_cache_prefix],
+            self.compress_ratio,
         )
-        layer.compress_and_store(kv_score, step)
+        bound.layer.compress_and_store(kv_score, step)
 
     return forward
 
 
-def _layer(compressor: Any, cache: Any, rotary_emb: Any, store: Any) -> CompressorLayer:
+def _bind(compressor: Any, rotary_emb: Any, store: Any) -> _Bound:
     """The CompressorLayer of a DeepseekCompressor."""
     from vllm.utils.deep_gemm import (  # pyright: ignore[reportMissingImports]
         mqa_logits_use_mx_scales,
@@ -134,9 +144,11 @@ def _layer(compressor: Any, cache: Any, rotary_emb: Any, store: Any) -> Compress
     if compressor.head_dim == 128 and not compressor.use_fp4_cache and mqa_logits_use_mx_scales():
         value = "fp8 with a scale of four equal e8m0 bytes (MX scales, sm_100)"
         refuse("adapters.vllm", "the indexer's cache", value, "fp8 with an fp32 scale, or fp4")
-    return CompressorLayer(
+    state = compressor.state_cache
+    cache = compressor._static_forward_context[compressor.k_cache_prefix]
+    layer = CompressorLayer(
         compressor.ape,
-        compressor.state_cache.kv_cache,
+        state.kv_cache,
         compressor.norm.weight,
         compressor.rms_norm_eps,
         rotary_emb.cos_sin_cache,
@@ -148,6 +160,7 @@ def _layer(compressor: Any, cache: Any, rotary_emb: Any, store: Any) -> Compress
             else None
         ),
     )
+    return _Bound(state, cache, layer)
 
 
 def _step(context: Any, state: Any, cache: Any, compress_ratio: int) -> StepMetadata:
