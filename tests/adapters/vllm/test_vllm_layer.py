@@ -109,6 +109,36 @@ def test_a_request_beyond_the_slots_is_not_stored():
         assert_same_bytes(actual, expected, f"{replays=}")
 
 
+@pytest.mark.parametrize("replays", [True, False])
+def test_tokens_beyond_cache_slot_mapping_have_no_slot_in_the_cache(replays):
+    expected = Layer.make(KIND, BLOCKS)
+    actual = expected.to("cpu")
+    batch = Batcher(KIND, BLOCKS).step({"a": 9, "b": 8})
+    cut = replace(batch, cache_slot_mapping=batch.cache_slot_mapping[:-1])
+    batch.cache_slot_mapping[-1] = -1
+    assert run_oracle(expected, batch) == 3
+    step = build(KIND, cut, replays=replays)
+    adapter_layer(actual).compress_and_store(batch.kv_score, step)
+    assert_same_bytes(actual, expected, f"{replays=}")
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_tokens_beyond_the_block_table_are_not_stored(replays):
+    expected = Layer.make(KIND, BLOCKS)
+    actual = expected.to("cpu")
+    batch = Batcher(KIND, BLOCKS).step({"a": 11})
+    cut = replace(
+        batch,
+        block_table=batch.block_table[:, :2],
+        cache_slot_mapping=torch.full_like(batch.cache_slot_mapping, -1),
+    )
+    run_oracle(expected, replace(cut, slot_mapping=batch.slot_mapping.clone().index_fill_(
+        0, torch.arange(8, 11), -1)))  # fmt: skip
+    step = build(KIND, cut, replays=replays)
+    adapter_layer(actual).compress_and_store(batch.kv_score, step)
+    assert_same_bytes(actual, expected, f"{replays=}")
+
+
 def test_a_request_with_tokens_without_a_slot_between_others_is_skipped():
     layer = Layer.make(KIND, BLOCKS)
     before = layer.to("cpu")
