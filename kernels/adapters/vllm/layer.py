@@ -75,8 +75,8 @@ class CompressorLayer:
             value = f"{kv_cache.dtype} of shape {list(kv_cache.shape)}"
             accepted = "; ".join(
                 f"{dtype} [blocks, rows_per_page, {columns}]"
-                for width, dtype, columns in _FORMATS
-                if width == head_dim
+                for known, dtype, columns in _FORMATS
+                if known == head_dim
             )
             refuse(_MAKE, "kv_cache", value, accepted)
         if fp8_scale is not None and kv_cache.dtype != torch.float8_e4m3fn:
