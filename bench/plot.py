@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport
+from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport, TransformersReport
 from kvfold.codegen import op_spec
 
 PANEL_INCHES = (4, 4.8)
@@ -76,6 +76,37 @@ def plot_model_step(report: ModelStepReport, file: Path) -> None:
     panel.plot(places, limits, "k_", markersize=24, label="limit")
     panel.set_xticks(places, [f"next_n {row.next_n}\nbatch {row.batch}" for row in report.rows])
     panel.set_ylabel("microseconds per pair")
+    panel.legend()
+    figure.savefig(file, dpi=120)
+
+
+def plot_transformers(report: TransformersReport, file: Path) -> None:
+    """Draws the time of a decode step of a model: a group of bars per batch and context.
+
+    Raises:
+        ValueError: it cannot be drawn into `file`.
+    """
+    require(file)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panel = figure.subplots()
+    figure.suptitle(
+        f"A decode step of 4 layers of DeepSeek-V4: {report.device}, {report.date[:10]}"
+    )
+    names = list(report.rows[0].step_ms)
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = [
+            place + (number - (len(names) - 1) / 2) * width for place in range(len(report.rows))
+        ]
+        times = [row.step_ms[name] for row in report.rows]
+        bars = panel.bar(places, times, width, label=name)
+        panel.bar_label(bars, [f"{ms:.1f}" for ms in times], fontsize=7)
+    labels = [f"batch {row.batch}\ncontext {row.context // 1024}k" for row in report.rows]
+    panel.set_xticks(range(len(labels)), labels)
+    panel.set_yscale("log")
+    panel.set_ylabel("milliseconds per step")
     panel.legend()
     figure.savefig(file, dpi=120)
 

@@ -245,6 +245,32 @@ class TransformersReport(Report):
     rows: list[TransformersRow]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterRow:
+    """A call of an engine through its adapter. Times are microseconds of the host.
+
+    Attributes:
+        engine: the adapter.
+        call: what the engine calls.
+        adapter_us: the call.
+        ops_us: the bare calls of kvfold's ops that the adapter makes.
+    """
+
+    engine: str
+    call: str
+    adapter_us: float
+    ops_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport(Report):
+    """What `kvfold bench adapters` writes."""
+
+    KIND = "adapters"
+
+    rows: list[AdapterRow]
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=Report)

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from kvfold.bench import plot as plotting
 from kvfold.bench import records
-from kvfold.bench.cli import common, model_step, output
+from kvfold.bench.cli import adapters, common, model_step, output, transformers_step
 from kvfold.bench.cli.common import app, option
 from kvfold.bench.cli.words import integers, names, one_value, parse_words
 from kvfold.bench.measure import runner
-from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport
+from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import FieldSet, choice, op_spec
 from kvfold.codegen.spec import BACKENDS
 from kvfold.workload import Measurement, Workload, workload
@@ -32,6 +32,8 @@ BASELINE_HELP = (
     "Also time the dispatched variant beside an override, the op's yardsticks, and the host's part"
     " of a call."
 )
+
+STEPS = {one.NAME: one for one in (model_step, transformers_step, adapters)}  # that are no op
 
 
 @app.command()
@@ -56,18 +58,29 @@ def bench(
 
     FIELD=VALUE also takes the fields of a case, such as page_size=32,128. OP model-step times the
     three compressors of a pair of layers, one after the other, for 1 and 4 new tokens per request.
+    OP transformers times a decode step of a DeepSeek-V4 model of transformers, with and without
+    kvfold. OP adapters times the host's part of engines' calls.
     Without a GPU nothing is timed: the op is checked on the CPU, at small sizes.
     """
-    if op == model_step.NAME:
+    if op in STEPS:
+        step = STEPS[op]
         others = {"FIELD=VALUE": words, "--scenario": scenario, "--override": override,
                   "--baseline": baseline, "--suite": suite}  # fmt: skip
-        common.refuse(others, "model-step has none")
+        if step is not model_step:
+            others["--prefetch"] = prefetch
+        if step is adapters:
+            others["--size"] = sizes
+        common.refuse(others, f"{op} has none")
         if source is not None:
             common.refuse({"--size": sizes, "--json": json_file}, "--from measures nothing")
             common.check_plot(plot)
-            model_step.show(records.load(ModelStepReport, source), plot)
-            return
-        model_step.run(integers("--size", sizes), prefetch or "state", json_file, plot)
+            step.show(records.load(step.REPORT, source), plot)
+        elif step is model_step:
+            model_step.run(integers("--size", sizes), prefetch or "state", json_file, plot)
+        elif step is transformers_step:
+            transformers_step.run(integers("--size", sizes), json_file, plot)
+        else:
+            adapters.run(json_file, plot)
         return
     work = workload(op)
     selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,

@@ -11,6 +11,7 @@ from kvfold.bench.cli import common, output
 from kvfold.bench.records import ModelStepReport
 
 NAME = "model-step"
+REPORT = ModelStepReport
 
 
 def run(

@@ -33,7 +33,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
         self.states: dict[str, CompressorState] = {}
         self.compressors: dict[str, nn.Module] = {}
 
-    # ---- what a compressor calls -------------------------------------------------------------------
+    # ---- what a compressor calls -----------------------------------------------------------------
 
     def store_compression_weights(
         self, name: str, kv: Tensor, gate: Tensor
@@ -75,7 +75,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
         # Without a record the keys can be cropped only below the length of the sliding window.
         return RECORDED if self.record_past else self.sliding_window - 1
 
-    # ---- what a cache calls ------------------------------------------------------------------------
+    # ---- what a cache calls ----------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
         """Appends keys, which are the values too. Returns those that the queries may see.

@@ -65,7 +65,7 @@ class CompressorState:
         """The oldest position that a sequence of this length still reads."""
         return max(0, length // self.ratio - self.windows_before) * self.ratio
 
-    # ---- room --------------------------------------------------------------------------------------
+    # ---- room ------------------------------------------------------------------------------------
 
     def _make_ring(self, rollback: int) -> None:
         """Makes an empty ring with room for the open windows and the rollback."""
@@ -117,7 +117,7 @@ class CompressorState:
         first = torch.arange(self.batch, dtype=torch.int32, device=device) * self.pages
         return first[:, None] + page
 
-    # ---- tokens ------------------------------------------------------------------------------------
+    # ---- tokens ----------------------------------------------------------------------------------
 
     def append(self, kv: Tensor, score: Tensor) -> None:
         """Takes new tokens, and makes the rows of the windows that they close.
@@ -172,7 +172,7 @@ class CompressorState:
             )
         self.length = length
 
-    # ---- the batch ---------------------------------------------------------------------------------
+    # ---- the batch -------------------------------------------------------------------------------
 
     def select(self, sequences: Tensor) -> None:
         """Makes a batch of some sequences, in an order, each any number of times.

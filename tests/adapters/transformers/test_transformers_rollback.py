@@ -6,8 +6,6 @@ import pytest
 import torch
 from transformers_models import (
     DEVICES,
-    CSA,
-    HCA,
     forward,
     greedy,
     logits_in_chunks,
@@ -150,4 +148,3 @@ def test_the_state_is_a_ring_and_the_rows_grow():
             assert state.ring == (256 if ratio == 128 else 128) == state.pages * PAGE
             assert state.windows == rows <= state.rows.size(1) <= 2 * max(rows, 64)
     assert [layer._layer_type for layer in cache.layers] == [None, None]
-    assert (HCA, CSA) == tuple(model.config.layer_types)
