@@ -116,7 +116,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
             ValueError: the state no longer has the rows that are needed.
         """
         keys, length = self.keys, self.cumulative_length
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))  # transformers 5.17 passes a tensor
         try:
             for state in self.states.values():
                 state.crop(self.cumulative_length)

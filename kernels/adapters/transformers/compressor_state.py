@@ -89,11 +89,10 @@ class CompressorState:
         self.block_table = self._block_table()
 
     def reserve(self, length: int) -> None:
-        """Makes room for sequences of this length. Room at least doubles if it grows."""
-        capacity = self.rows.size(1)
-        if length <= capacity * self.ratio:
+        """Makes room for sequences of this length, and no more if there is less."""
+        capacity = -(-length // self.ratio)
+        if capacity <= self.rows.size(1):
             return
-        capacity = max(2 * capacity, -(-length // self.ratio))
         rows = self.rows.new_zeros(self.batch, capacity, self.rows.size(2))
         rows[:, : self.rows.size(1)] = self.rows
         self.rows = rows
@@ -127,7 +126,8 @@ class CompressorState:
             score: like kv, without the position bias.
         """
         new = kv.size(1)
-        self.reserve(self.length + new)
+        if self.length + new > self.rows.size(1) * self.ratio:
+            self.reserve(max(self.length + new, 2 * self.rows.size(1) * self.ratio))
         step = step_tensors(
             self.batch, self.length, new, self.ratio, self.rows.size(1), self.rows.device
         )

@@ -100,15 +100,9 @@ def test_beam_search(device):
     plain, kvfold = make(kvfold=False, device=device), make(kvfold=True, device=device)
     tokens = prompt(2, 130, device)
     got = greedy(kvfold, tokens, 14, num_beams=3)
-    caches = adapter.cache_layers.HCALayer, adapter.cache_layers.CSALayer
-    assert caches  # the layers of both kinds are reordered
-    if hasattr(adapter.cache_layers.modeling.DeepseekV4HCACache, "reorder_cache"):
-        adapter.unpatch()
-        try:
-            want = greedy(plain, tokens, 14, num_beams=3)
-        except Exception:
-            pytest.skip("this version of transformers cannot reorder its own caches")
-        assert torch.equal(got, want)
+    adapter.unpatch()
+    # Without a cache: that of transformers 5.17 does not reorder what its compressors keep.
+    assert torch.equal(got, greedy(plain, tokens, 14, num_beams=3, use_cache=False))
 
 
 @pytest.mark.parametrize("device", DEVICES)
