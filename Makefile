@@ -21,8 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
 	touch $@
 
-demo: setup  ## a simulation of prefill and decode in which every row is checked
+demo: setup  ## a simulation in which every row is checked, and a model that generates with kvfold
 	$(BIN)/kvfold demo
+	$(BIN)/python examples/generate.py
 
 test: setup lint  ## lint, types, and all tests that need no GPU
 	$(BIN)/pytest -n auto -m "not gpu"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from kvfold.adapters.transformers.compressor_state import FORMATS, CompressorState
@@ -31,7 +31,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.states: dict[str, CompressorState] = {}
-        self.compressors: dict[str, nn.Module] = {}
+        self.compressors: dict[str, Any] = {}
 
     # ---- what a compressor calls -----------------------------------------------------------------
 
@@ -95,6 +95,7 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         self.cumulative_length += new
+        assert self.keys is not None
         full = torch.cat([self.keys, key_states], dim=-2)
         before = self.sliding_window - 1
         self.keys = full if self.record_past else full[:, :, -before:]
@@ -135,8 +136,12 @@ class KvfoldLayer(modeling.DeepseekV4HCACache):
             self.entry_count[name] = 0
         self.states.clear()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts the sequences in another order, as beam search does."""
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Puts the sequences in another order, as beam search does.
+
+        Args:
+            beam_idx: [batch], int64.
+        """
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 

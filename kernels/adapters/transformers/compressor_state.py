@@ -8,10 +8,10 @@ rows of a sequence are one page of kvfold's cache.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.ops.paged_kv_compress_store.op import paged_kv_compress_store
 from kvfold.ops.prefill_compress_store.op import prefill_compress_store
@@ -32,9 +32,7 @@ class CompressorState:
         max_rollback: tokens that `crop` can always remove.
     """
 
-    def __init__(
-        self, compressor: nn.Module, batch: int, dtype: torch.dtype, rollback: int
-    ) -> None:
+    def __init__(self, compressor: Any, batch: int, dtype: torch.dtype, rollback: int) -> None:
         """Makes an empty state.
 
         Args:

@@ -17,10 +17,12 @@ from kvfold.adapters.transformers.graph_layers import GraphLayer
 from kvfold.ops.row_spec import HEAD_DIMS
 
 
-def _enter(compressor: nn.Module, name: str, cache: Any, layer_idx: int) -> None:
+def _enter(compressor: nn.Module, name: str, cache: Any, layer_idx: int) -> Any:
+    """Enters a compressor in its cache layer, if that is one of kvfold's. Returns the layer."""
     layer = None if cache is None else cache.layers[layer_idx]
     if isinstance(layer, KvfoldLayer):
         layer.compressors[name] = compressor
+    return layer
 
 
 def _check(config: Any, field: str) -> None:
@@ -36,19 +38,19 @@ class HCACompressor(modeling.DeepseekV4HCACompressor):
         _check(config, "head_dim")
         super().__init__(config)
 
-    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx):
+    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx) -> Any:
         """As that of transformers."""
-        _enter(self, "compressor", cache, layer_idx)
+        layer = _enter(self, "compressor", cache, layer_idx)
         rows, bias = super().forward(hidden_states, q_residual, position_ids, cache, layer_idx)
-        if cache is not None and isinstance(cache.layers[layer_idx], GraphLayer):
-            bias = cache.layers[layer_idx].bias  # not all rows are valid
+        if isinstance(layer, GraphLayer):
+            bias = layer.bias  # not all rows are valid
         return rows, bias
 
 
 class Indexer(modeling.DeepseekV4Indexer):
     """The indexer of a compressed sparse layer, which has a compressor of its own."""
 
-    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx):
+    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx) -> Any:
         """As that of transformers."""
         _enter(self, "indexer", cache, layer_idx)
         return super().forward(hidden_states, q_residual, position_ids, cache, layer_idx)
@@ -64,7 +66,7 @@ class CSACompressor(modeling.DeepseekV4CSACompressor):
         # Another indexer would draw other random weights than a model without kvfold.
         self.indexer.__class__ = Indexer
 
-    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx):
+    def forward(self, hidden_states, q_residual, position_ids, cache, layer_idx) -> Any:
         """As that of transformers."""
         _enter(self, "compressor", cache, layer_idx)
         return super().forward(hidden_states, q_residual, position_ids, cache, layer_idx)

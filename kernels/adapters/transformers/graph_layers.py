@@ -116,9 +116,9 @@ class GraphLayer(cache_utils.CacheLayerMixin):
         self.sliding_window = layer.sliding_window
         length, keys = layer.get_seq_length(), layer.keys[:, :, -self.sliding_window :]
         position = torch.arange(length - keys.size(2), length, device=keys.device)
-        self.keys = keys.new_zeros(*keys.shape[:2], self.sliding_window, keys.size(3))
-        self.keys[:, :, position % self.sliding_window] = keys
-        self.values = self.keys
+        self._ring = keys.new_zeros(*keys.shape[:2], self.sliding_window, keys.size(3))
+        self._ring[:, :, position % self.sliding_window] = keys
+        self.keys = self.values = self._ring
         self.is_initialized = True
         self.states: dict[str, CompressorState] = getattr(layer, "states", {})
         self.bias = None
@@ -133,8 +133,8 @@ class GraphLayer(cache_utils.CacheLayerMixin):
         """
         if key_states.shape[-2] != 1:
             raise ValueError(f"key_states has {key_states.shape[-2]} tokens; accepted: 1")
-        self.keys.index_copy_(2, self.clock.slot, key_states)
-        return self.keys, self.keys
+        self._ring.index_copy_(2, self.clock.slot, key_states)
+        return self._ring, self._ring
 
     def store_compression_weights(
         self, name: str, kv: Tensor, gate: Tensor
