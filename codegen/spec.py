@@ -68,6 +68,8 @@ class OpSpec:
         defined_by: dimension -> the tensor that defines it, where that is not the first tensor that
             has the dimension by its plain name.
         may_be_same: pairs of tensors for which a caller may pass one tensor.
+        one_pool: two written tensors and their block tables: the two may be one memory if the
+            tables are two tensors, which then name different pages.
         params: 4-byte members of the CUDA parameter struct, 'name' (int), 'uint32 name' or
             'float name'.
         constants: constants of the CUDA config struct that depend on a call's arguments, with the
@@ -88,6 +90,7 @@ class OpSpec:
     size_dimension: str
     defined_by: Mapping[str, str] = field(default_factory=dict)
     may_be_same: tuple[tuple[str, str], ...] = ()
+    one_pool: tuple[str, str, str, str] | None = None
     params: tuple[str, ...] = ()
     constants: Mapping[str, Value] = field(default_factory=dict)
     specialise: Callable[[Any, Mapping[str, int]], Mapping[str, Value]] | None = None

@@ -39,7 +39,8 @@ def paged_kv_compress(
         ape: [compress_ratio, state_dim], fp32: absolute position embedding. Row
             position % compress_ratio is added to a token's score.
         paged_kv: [num_pages, page_size, state_dim], bf16 or fp32, mutated: the KV state.
-        paged_score: like paged_kv, mutated: the score state.
+        paged_score: like paged_kv, mutated: the score state. The two may be one pool, if the block
+            tables are two tensors: a page is then named by one of them alone.
         block_table_kv: [batch, max_pages], int32: logical page -> physical page of paged_kv.
         block_table_score: [batch, max_pages], int32: the same for paged_score.
         output: [num_outputs, head_dim], bf16 or fp32, mutated: the compressed rows.

@@ -54,5 +54,6 @@ SPEC = OpSpec(
     propose=propose,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
+    one_pool=("paged_kv", "paged_score", "block_table_kv", "block_table_score"),
     params=(*PREFILL_PARAMS, "output_is_bf16"),
 )

@@ -81,6 +81,7 @@ SPEC = OpSpec(
     propose=propose,
     explain=explain,
     may_be_same=(("block_table_kv", "block_table_score"),),
+    one_pool=("paged_kv", "paged_score", "block_table_kv", "block_table_score"),
     params=(*PREFILL_PARAMS, *ROW_PARAMS),
     constants=FUSED_ROW_CONSTANTS,
     specialise=fused_row_constants,

@@ -152,7 +152,6 @@ def test_decode_keeps_one_table_for_both_pools(device):
 
 
 @DEVICES
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="kvfold refuses pools of one memory")
 @pytest.mark.parametrize("op", [DECODE, PREFILL])
 def test_pools_of_one_memory_whose_tables_name_different_pages(op, device):
     """The engine's cache manager may give both pools as the whole memory that both lie in."""

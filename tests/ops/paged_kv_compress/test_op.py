@@ -348,10 +348,12 @@ def test_a_head_dim_that_no_row_can_have_is_refused_on_the_cpu(run):
 
 def same_pool(arguments):
     arguments["paged_score"] = arguments["paged_kv"]
+    arguments["block_table_score"] = arguments["block_table_kv"]
 
 
 def same_memory(arguments):
     arguments["paged_score"] = arguments["paged_kv"][:]
+    arguments["block_table_score"] = arguments["block_table_kv"][:]
 
 
 def pools_half_a_page_apart(arguments):
@@ -686,6 +688,7 @@ def test_no_other_object_passes_as_a_repeated_call(name, kind, launches):
 
 def test_one_pool_for_both_states_does_not_pass_as_a_repeated_call(launches):
     arguments = small()
+    arguments["block_table_score"] = arguments["block_table_kv"]
     by_function(arguments)
     with pytest.raises(ValueError, match="memory of its own"):
         by_function(arguments | {"paged_score": arguments["paged_kv"]})
