@@ -10,8 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvfold.bench.plot import plot_kernels, plot_model_step
-from kvfold.bench.records import KernelReport, KernelRow, ModelStepReport, StepReport, load
+from kvfold.bench.plot import plot_kernels, plot_model_step, plot_transformers
+from kvfold.bench.records import (
+    AdapterReport,
+    KernelReport,
+    KernelRow,
+    ModelStepReport,
+    StepReport,
+    TransformersReport,
+    load,
+)
 from kvfold.codegen import Variant, load_table, op_spec, op_specs
 from kvfold.codegen.documentation import (
     argument_rows,
@@ -27,6 +35,7 @@ from kvfold.workload import workload
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md", "docs/performance.md", "docs/step.md", "docs/fields.md", "docs/formats.md",
+    "docs/engines.md",
 )  # fmt: skip
 RESULTS = ROOT / "bench" / "results" / "h200"
 _BLOCK = re.compile(r"(<!-- ([\w.: -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -79,6 +88,9 @@ def main() -> None:
     if (RESULTS / "model_step.json").exists():
         plot_model_step(_model_step(), RESULTS / "model_step.png")
         print("drew model_step.png")
+    if (RESULTS / "transformers.json").exists():
+        plot_transformers(_transformers(), RESULTS / "transformers.png")
+        print("drew transformers.png")
 
 
 def _in_speed(results: "Results", row: KernelRow) -> bool:
@@ -627,6 +639,40 @@ def step() -> str:
     return markdown(("microseconds", *(f"`{mode}`" for mode in modes)), iter(lines))
 
 
+# ---- engines -------------------------------------------------------------------------------------
+
+
+def transformers() -> str:
+    """A decode step of a model of transformers, by batch and context."""
+    report = _transformers()
+    names = list(report.rows[0].step_ms)
+    lines = [
+        [
+            f"{row.batch}, {row.context // 1024}k",
+            *(f"{row.step_ms[name]:.1f} ({row.compressors_ms[name]:.2f})" for name in names),
+        ]
+        for row in report.rows
+    ]
+    table = markdown(("batch, context", *names), iter(lines))
+    return f"{table}\n\n{report.device}, {report.date[:10]}, commit {(report.commit or '')[:7]}."
+
+
+def _transformers() -> TransformersReport:
+    return load(TransformersReport, RESULTS / "transformers.json")
+
+
+def adapters() -> str:
+    """The host's part of engines' calls."""
+    report = load(AdapterReport, RESULTS / "adapters.json")
+    lines = [
+        [row.engine, row.call]
+        + [f"{us:.1f}" for us in (row.adapter_us, row.ops_us, row.adapter_us - row.ops_us)]
+        for row in report.rows
+    ]
+    table = markdown(("engine", "call", "adapter", "bare ops", "difference"), iter(lines))
+    return f"{table}\n\n{report.device}, {report.date[:10]}, commit {(report.commit or '')[:7]}."
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "arguments": arguments,
     "supported": supported,
@@ -657,6 +703,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "rows": rows,
     "located": located,
     "step": step,
+    "transformers": transformers,
+    "adapters": adapters,
 }
 
 
