@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= build/gpu
 BIN    := $(VENV)/bin
 
-.PHONY: help setup demo test newest lint types format docs gpu bench suite step clean
+.PHONY: help setup demo test newest lint types format docs gpu bench suite step engines clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -56,13 +56,18 @@ gpu:  ## on a GPU: install without dependencies, GPU tests, demo, benchmarks
 	$(PYTHON) -m kvfold.bench demo 2>&1 | tee $(OUT)/demo.log
 	$(MAKE) bench
 
-bench: suite step  ## on a GPU: all results that README and docs quote, into OUT
+bench: suite step engines  ## on a GPU: all results that README and docs quote, into OUT
 
 OPS := paged_kv_compress prefill_compress norm_rope_store paged_kv_compress_store prefill_compress_store locate_rows
 suite:  ## on a GPU: the standard benchmark of each op
 	mkdir -p $(OUT)
 	for op in $(OPS); do $(PYTHON) -m kvfold.bench bench $$op --suite --json $(OUT)/$$op.json || exit 1; done
 	$(PYTHON) -m kvfold.bench bench model-step --json $(OUT)/model_step.json
+
+engines:  ## on a GPU: a model of transformers, and the adapters' host cost
+	mkdir -p $(OUT)
+	$(PYTHON) -m kvfold.bench bench transformers --json $(OUT)/transformers.json
+	$(PYTHON) -m kvfold.bench bench adapters --json $(OUT)/adapters.json
 
 step:  ## on a GPU: a whole decode step in four modes
 	mkdir -p $(OUT)

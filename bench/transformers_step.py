@@ -27,7 +27,7 @@ CONTEXTS = (4096, 32768)
 EXPERTS = 64  # of 256
 LAYERS = ["heavily_compressed_attention", "compressed_sparse_attention"] * 2
 STEPS = 32  # per repetition: 8 windows of ratio 4
-REPEATS = 3
+REPEATS = 5
 WARM_UP = 8
 GRAPH = "kvfold, one graph"
 

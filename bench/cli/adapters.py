@@ -1,36 +1,36 @@
 """kvfold bench adapters: what adapters cost on the host."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from kvfold.bench import records
+import torch
+
 from kvfold.bench.adapters import host_cost
 from kvfold.bench.cli import common, output
 from kvfold.bench.records import AdapterReport
 
 NAME = "adapters"
 REPORT = AdapterReport
+TAKES: frozenset[str] = frozenset()
 
 
-def run(json_file: Path | None, plot: Path | None) -> None:
-    """Measures, prints, and writes the file that is asked for."""
-    common.refuse({"--plot": plot}, "adapters has none")
-    common.check_writable(json_file)
-    device = common.current_gpu()
-    if device is None:
-        common.refuse({"--json": json_file}, common.NO_GPU)
-        print(f"{common.NO_GPU}.")
-        return
-    with output.progress() as bar:
-        task = bar.add_task("making the calls", total=None)
-        report = host_cost.measure(device, lambda what: bar.update(task, description=what))
-    if json_file is not None:
-        records.save(report, json_file)
-    show(report, None)
+def without_gpu() -> None:
+    """Says that nothing is done."""
+    print(f"{common.NO_GPU}.")
+
+
+def measure(
+    sizes: tuple[int, ...] | None,
+    prefetch: str | None,
+    device: torch.device,
+    started: Callable[[str], None],
+) -> AdapterReport:
+    """Measures the calls of all adapters."""
+    return host_cost.measure(device, started)
 
 
 def show(report: AdapterReport, plot: Path | None) -> None:
     """Prints the host time of every call."""
-    common.refuse({"--plot": plot}, "adapters has none")
     out = output.console()
     out.print(f"{report.device}, {report.date}", soft_wrap=True)
     out.print(output.heading("Host time of a call, us"))

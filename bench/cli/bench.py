@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kvfold.bench import plot as plotting
 from kvfold.bench import records
-from kvfold.bench.cli import adapters, common, model_step, output, transformers_step
+from kvfold.bench.cli import common, output, steps
 from kvfold.bench.cli.common import app, option
 from kvfold.bench.cli.words import integers, names, one_value, parse_words
 from kvfold.bench.measure import runner
@@ -32,8 +32,6 @@ BASELINE_HELP = (
     "Also time the dispatched variant beside an override, the op's yardsticks, and the host's part"
     " of a call."
 )
-
-STEPS = {one.NAME: one for one in (model_step, transformers_step, adapters)}  # that are no op
 
 
 @app.command()
@@ -62,25 +60,11 @@ def bench(
     kvfold. OP adapters times the host's part of engines' calls.
     Without a GPU nothing is timed: the op is checked on the CPU, at small sizes.
     """
-    if op in STEPS:
-        step = STEPS[op]
-        others = {"FIELD=VALUE": words, "--scenario": scenario, "--override": override,
-                  "--baseline": baseline, "--suite": suite}  # fmt: skip
-        if step is not model_step:
-            others["--prefetch"] = prefetch
-        if step is adapters:
-            others["--size"] = sizes
-        common.refuse(others, f"{op} has none")
-        if source is not None:
-            common.refuse({"--size": sizes, "--json": json_file}, "--from measures nothing")
-            common.check_plot(plot)
-            step.show(records.load(step.REPORT, source), plot)
-        elif step is model_step:
-            model_step.run(integers("--size", sizes), prefetch or "state", json_file, plot)
-        elif step is transformers_step:
-            transformers_step.run(integers("--size", sizes), json_file, plot)
-        else:
-            adapters.run(json_file, plot)
+    if op in steps.STEPS:
+        given = {"FIELD=VALUE": words, "--size": sizes, "--scenario": scenario,
+                 "--prefetch": prefetch, "--override": override, "--baseline": baseline,
+                 "--suite": suite, "--plot": plot}  # fmt: skip
+        steps.run(steps.STEPS[op], given, json_file, source)
         return
     work = workload(op)
     selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,

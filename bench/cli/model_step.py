@@ -1,46 +1,37 @@
 """kvfold bench model-step: times the compressors of a pair of layers in one decode step."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from kvfold.bench import model_step as steps
 from kvfold.bench import plot as plotting
-from kvfold.bench import records
 from kvfold.bench.cli import common, output
 from kvfold.bench.records import ModelStepReport
 
 NAME = "model-step"
 REPORT = ModelStepReport
+TAKES = frozenset({"--size", "--prefetch", "--plot"})
 
 
-def run(
-    batches: tuple[int, ...] | None, prefetch: str, json_file: Path | None, plot: Path | None
-) -> None:
-    """Measures, prints, and writes the files that are asked for."""
-    common.check_writable(json_file)
-    common.check_plot(plot)
-    batches = batches or steps.BATCHES
-    device = common.current_gpu()
-    if device is None:
-        common.refuse({"--json": json_file, "--plot": plot}, common.NO_GPU)
-        print(f"{common.NO_GPU}. The compressors are checked on the CPU instead, at batch 4.")
-        for next_n in steps.NEXT_N:
-            steps.check(next_n, 4, torch.device("cpu"))
-        print(f"right: {', '.join(steps.COMPRESSORS)}")
-        return
-    with output.progress() as bar:
-        task = bar.add_task("measuring the limit", total=len(batches) * len(steps.NEXT_N))
-        report = steps.measure(
-            steps.NEXT_N,
-            batches,
-            prefetch,
-            device,
-            lambda what: bar.update(task, description=what, advance=1),
-        )
-    if json_file is not None:
-        records.save(report, json_file)
-    show(report, plot)
+def without_gpu() -> None:
+    """Checks the compressors on the CPU."""
+    print(f"{common.NO_GPU}. The compressors are checked on the CPU instead, at batch 4.")
+    for next_n in steps.NEXT_N:
+        steps.check(next_n, 4, torch.device("cpu"))
+    print(f"right: {', '.join(steps.COMPRESSORS)}")
+
+
+def measure(
+    sizes: tuple[int, ...] | None,
+    prefetch: str | None,
+    device: torch.device,
+    started: Callable[[str], None],
+) -> ModelStepReport:
+    """Measures at batches of these sizes."""
+    batches = sizes or steps.BATCHES
+    return steps.measure(steps.NEXT_N, batches, prefetch or steps.PREFETCH, device, started)
 
 
 def show(report: ModelStepReport, plot: Path | None) -> None:

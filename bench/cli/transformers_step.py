@@ -1,39 +1,34 @@
 """kvfold bench transformers: times a decode step of a DeepSeek-V4 model of transformers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from kvfold.bench import plot as plotting
-from kvfold.bench import records
 from kvfold.bench import transformers_step as steps
 from kvfold.bench.cli import common, output
 from kvfold.bench.records import TransformersReport
 
 NAME = "transformers"
 REPORT = TransformersReport
+TAKES = frozenset({"--size", "--plot"})
 
 
-def run(batches: tuple[int, ...] | None, json_file: Path | None, plot: Path | None) -> None:
-    """Measures, prints, and writes the files that are asked for."""
-    common.check_writable(json_file)
-    common.check_plot(plot)
+def without_gpu() -> None:
+    """Says where the models are compared on the CPU."""
+    print(f"{common.NO_GPU}. examples/generate.py compares the models on the CPU.")
+
+
+def measure(
+    sizes: tuple[int, ...] | None,
+    prefetch: str | None,
+    device: torch.device,
+    started: Callable[[str], None],
+) -> TransformersReport:
+    """Measures at batches of these sizes."""
     steps.require()
-    device = common.current_gpu()
-    if device is None:
-        common.refuse({"--json": json_file, "--plot": plot}, common.NO_GPU)
-        print(f"{common.NO_GPU}. examples/generate.py compares the models on the CPU.")
-        return
-    batches = batches or steps.BATCHES
-    with output.progress() as bar:
-        task = bar.add_task("", total=1 + len(batches) * len(steps.CONTEXTS))
-        report = steps.measure(
-            batches,
-            steps.CONTEXTS,
-            device,
-            lambda what: bar.update(task, description=what, advance=1),
-        )
-    if json_file is not None:
-        records.save(report, json_file)
-    show(report, plot)
+    return steps.measure(sizes or steps.BATCHES, steps.CONTEXTS, device, started)
 
 
 def show(report: TransformersReport, plot: Path | None) -> None:
