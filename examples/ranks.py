@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kvfold
 
-HEAD_DIM = 64
+HEAD_DIM = 128
 PAGE_SIZE = 32
 RATIOS = {128: 1, 4: 2}  # compress_ratio -> head_dims per row of the state; 2: windows overlap
 
