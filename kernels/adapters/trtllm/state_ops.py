@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.adapters.trtllm.step import first, refuse
+from kvfold.adapters.trtllm.step import Tensors, first, refuse, shared
 from kvfold.runtime import internals
 
 MAX_NEXT_N = 8
@@ -48,18 +48,20 @@ def compressor_paged_kv_compress(
         next_n: new tokens of every request; with new_tokens_per_seq, the most that one has.
         new_tokens_per_seq: [batch_size], int32: the new tokens of each request.
     """
-    if not 1 <= next_n <= MAX_NEXT_N:
-        refuse("next_n", next_n, f"1 to {MAX_NEXT_N}")
-    pools = _pools(paged_kv, paged_score, output, page_size, head_dim, compress_ratio)
-    tables = _tables(block_table_kv, block_table_score, batch_size)
+    metadata = (kv_lens, cu_seq_lens, cu_kv_comp, block_table_kv)
+    if block_table_score is not block_table_kv:
+        metadata += (block_table_score,)
+    sizes = (batch_size, page_size, head_dim, compress_ratio, next_n)
+    state = (output, paged_kv, paged_score)
     if new_tokens_per_seq is None:
-        new_tokens = _uniform(kv_lens, batch_size, next_n)
+        views, new_tokens = shared(_decode, sizes, metadata, state)
     else:
-        new_tokens = first("new_tokens_per_seq", new_tokens_per_seq, batch_size)
+        views, new_tokens = shared(_ragged_decode, sizes, (new_tokens_per_seq, *metadata), state)
+    if views.pages is not None:
+        paged_kv, paged_score = paged_kv.view(views.pages), paged_score.view(views.pages)
     kvfold.paged_kv_compress(
-        kv_score, ape, *pools, *tables, output, first("kv_lens", kv_lens, batch_size),
-        first("cu_seq_lens", cu_seq_lens, batch_size + 1),
-        first("cu_kv_comp", cu_kv_comp, batch_size + 1), compress_ratio, next_n,
+        kv_score, ape, paged_kv, paged_score, views.block_table_kv, views.block_table_score, output,
+        views.kv_lens, views.cu_seq_lens, views.cu_kv_comp, compress_ratio, next_n,
         new_tokens=new_tokens,
     )  # fmt: skip
 
@@ -92,54 +94,87 @@ def compressor_prefill_reduction(
             is what start_pos holds.
         max_outputs: not read. The rows that cu_kv_comp reserves bound the windows of a request.
     """
-    pools = _pools(paged_kv, paged_score, output, page_size, head_dim, compress_ratio)
-    tables = _tables(block_table_kv, block_table_score, batch_size)
+    metadata = (kv_lens, cu_seq_lens, cu_kv_comp, block_table_kv)
+    if block_table_score is not block_table_kv:
+        metadata += (block_table_score,)
+    sizes = (batch_size, page_size, head_dim, compress_ratio)
+    views = shared(_Views, sizes, metadata, (output, paged_kv, paged_score))
+    if views.pages is not None:
+        paged_kv, paged_score = paged_kv.view(views.pages), paged_score.view(views.pages)
     kvfold.prefill_compress(
-        kv_score, ape, *pools, *tables, output, first("kv_lens", kv_lens, batch_size),
-        first("cu_seq_lens", cu_seq_lens, batch_size + 1),
-        first("cu_kv_comp", cu_kv_comp, batch_size + 1), compress_ratio,
+        kv_score, ape, paged_kv, paged_score, views.block_table_kv, views.block_table_score, output,
+        views.kv_lens, views.cu_seq_lens, views.cu_kv_comp, compress_ratio,
     )  # fmt: skip
 
 
-def _pools(
-    paged_kv: Tensor,
-    paged_score: Tensor,
-    output: Tensor,
-    page_size: int,
-    head_dim: int,
-    compress_ratio: int,
-) -> tuple[Tensor, Tensor]:
-    """Both pools of the state as [num_pages, page_size, state_dim]."""
-    if output.shape[-1] != head_dim:
-        refuse("output", f"of shape {list(output.shape)}", f"[num_outputs, head_dim = {head_dim}]")
-    state_dim = 2 * head_dim if compress_ratio == OVERLAP_RATIO else head_dim
-    return (
-        _pool("paged_kv", paged_kv, page_size, state_dim),
-        _pool("paged_score", paged_score, page_size, state_dim),
-    )
+class _Views:
+    """A call's metadata as kvfold takes it: cut to the batch.
+
+    Attributes:
+        pages: the shape of both pools of the state for kvfold; None if they have it.
+    """
+
+    def __init__(self, sizes: tuple, metadata: Tensors, state: Tensors) -> None:
+        """Raises ValueError for what does not go together.
+
+        Args:
+            sizes: batch_size, page_size, head_dim, compress_ratio.
+            metadata: kv_lens, cu_seq_lens, cu_kv_comp, block_table_kv and, if it is another one,
+                block_table_score.
+            state: output, paged_kv, paged_score.
+        """
+        batch_size, page_size, head_dim, compress_ratio = sizes
+        output, *pools = state
+        kv_lens, cu_seq_lens, cu_kv_comp, block_table_kv, *others = metadata
+        if output.shape[-1] != head_dim:
+            accepted = f"[num_outputs, head_dim = {head_dim}]"
+            refuse("output", f"of shape {list(output.shape)}", accepted)
+        if batch_size < 0:
+            refuse("batch_size", batch_size, "0 or more")
+        self.pages = None
+        state_dim = 2 * head_dim if compress_ratio == OVERLAP_RATIO else head_dim
+        for name, pool in zip(("paged_kv", "paged_score"), pools, strict=True):
+            if not _has_pages(name, pool, page_size, state_dim):
+                self.pages = (-1, page_size, state_dim)
+        self.kv_lens = first("kv_lens", kv_lens, batch_size)
+        self.cu_seq_lens = first("cu_seq_lens", cu_seq_lens, batch_size + 1)
+        self.cu_kv_comp = first("cu_kv_comp", cu_kv_comp, batch_size + 1)
+        self.block_table_kv = first("block_table_kv", block_table_kv, batch_size)
+        self.block_table_score = self.block_table_kv
+        if others:
+            self.block_table_score = first("block_table_score", others[0], batch_size)
 
 
-def _pool(name: str, pool: Tensor, page_size: int, state_dim: int) -> Tensor:
-    shape = pool.shape
-    if len(shape) == 3 and shape[1] == page_size and shape[2] == state_dim:
-        return pool
-    page = page_size * state_dim
+def _decode(sizes: tuple, metadata: Tensors, state: Tensors) -> tuple[_Views, Tensor]:
+    """The views of a decode call, and next_n tokens for each request."""
+    *others, next_n = sizes
+    _check_next_n(next_n)
+    return _Views((*others,), metadata, state), _uniform(metadata[0], sizes[0], next_n)
+
+
+def _ragged_decode(sizes: tuple, metadata: Tensors, state: Tensors) -> tuple[_Views, Tensor]:
+    """As _decode, with new_tokens_per_seq before the metadata."""
+    *others, next_n = sizes
+    _check_next_n(next_n)
+    counts, *others_metadata = metadata
+    views = _Views((*others,), (*others_metadata,), state)
+    return views, first("new_tokens_per_seq", counts, sizes[0])
+
+
+def _check_next_n(next_n: int) -> None:
+    if not 1 <= next_n <= MAX_NEXT_N:
+        refuse("next_n", next_n, f"1 to {MAX_NEXT_N}")
+
+
+def _has_pages(name: str, pool: Tensor, page_size: int, state_dim: int) -> bool:
+    """Whether a pool is [num_pages, page_size, state_dim]; else it is contiguous pages of that."""
+    shape, page = pool.shape, page_size * state_dim
+    if len(shape) == 3 and shape[1:] == (page_size, state_dim):
+        return True
     if page < 1 or not pool.is_contiguous() or pool.numel() % page:
         value = f"of shape {list(shape)} and strides {pool.stride()}"
         refuse(name, value, f"[num_pages, {page_size}, {state_dim}], or contiguous pages of that")
-    return pool.view(-1, page_size, state_dim)
-
-
-def _tables(
-    block_table_kv: Tensor, block_table_score: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """The block tables of the batch; one tensor if they are one."""
-    if batch_size < 0:
-        refuse("batch_size", batch_size, "0 or more")
-    kv = first("block_table_kv", block_table_kv, batch_size)
-    if block_table_score is block_table_kv:
-        return kv, kv
-    return kv, first("block_table_score", block_table_score, batch_size)
+    return False
 
 
 def _uniform(like: Tensor, batch_size: int, next_n: int) -> Tensor:

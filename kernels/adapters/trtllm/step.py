@@ -1,29 +1,24 @@
-"""What the layers of one step share."""
+"""What the calls of one step share: views, slots, and checks that depend on metadata alone."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NoReturn
+import contextvars
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvfold.runtime import internals
 
+Made = TypeVar("Made")
+Tensors = tuple[Tensor, ...]
 
-class _Shared(threading.local):
-    """What the step that this thread is in has computed; None outside of a step."""
-
-    made: dict[Hashable, Any] | None = None
-
-
-_shared = _Shared()
+_data_ptr = Tensor.data_ptr
+_get_device = Tensor.get_device
 
 
-@contextlib.contextmanager
-def step() -> Iterator[None]:
+class step:
     """Calls in the body share what they compute from metadata alone.
 
     compressor_postprocess_scatter computes a cache slot per row from its metadata. Without a step
@@ -32,31 +27,51 @@ def step() -> Iterator[None]:
 
     A body is one forward pass. If the pass is captured in a CUDA graph, the body is captured as a
     whole: a replay computes the slots again, from the metadata of the replay. Bodies may be nested;
-    the inner one shares nothing with the outer one. Each thread has its own step.
+    the inner one shares nothing with the outer one. A step belongs to the context (contextvars) in
+    which it is entered, so each thread has its own.
     """
-    outer, _shared.made = _shared.made, {}
-    try:
-        yield
-    finally:
-        _shared.made = outer
+
+    def __init__(self) -> None:
+        self.made: dict[tuple, Any] | None = None  # None outside of the body
+
+    def __enter__(self) -> None:
+        self.made = {}
+        self._token = _current.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.made = None  # a context that was copied in the body may go on
+        _current.reset(self._token)
 
 
-def shared(key: tuple, tensors: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns, or has returned in this step on this stream for the same memory.
+_none = step()
+_current = contextvars.ContextVar("step", default=_none)
+
+
+def shared(
+    make: Callable[[tuple, Tensors, Tensors], Made],
+    scalars: tuple,
+    tensors: Tensors,
+    likes: Tensors,
+) -> Made:
+    """make(scalars, tensors, likes), or what that has returned in this step.
+
+    It is made once per stream, and once more in a capture: a replay computes nothing that was
+    computed before the capture.
 
     Args:
-        key: what the result depends on, beside the values of the tensors.
-        tensors: are kept until the step ends, so that no other tensor takes their memory.
+        tensors: of these the result may depend on the memory, values included.
+        likes: of these it may depend on the layout. No tensor is there twice.
     """
-    made = _shared.made
+    made = _current.get().made
     if made is None:
-        return make()
-    layout = *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)
-    place = *key, *layout, _stream(tensors[0])
+        return make(scalars, tensors, likes)
+    place = (make, scalars, _stream(tensors[0]), *map(_data_ptr, tensors))
     found = made.get(place)
-    if found is None:
-        found = made[place] = make(), tensors
-    return found[0]
+    if found is None or not found[0](*tensors, *likes):
+        has_layouts = _layout_guard(*tensors, *likes)
+        # The tensors are kept so that no other tensor takes their memory.
+        found = made[place] = has_layouts, make(scalars, tensors, likes), tensors
+    return found[1]
 
 
 def first(name: str, tensor: Tensor, count: int) -> Tensor:
@@ -66,18 +81,9 @@ def first(name: str, tensor: Tensor, count: int) -> Tensor:
         ValueError: it is shorter.
     """
     length = tensor.shape[0]
-    if length == count:
-        return tensor
     if length < count:
         refuse(name, f"of length {length}", f"{count} or more")
-    made = _shared.made
-    if made is None:
-        return tensor[:count]
-    place = count, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-    view = made.get(place)
-    if view is None:
-        view = made[place] = tensor[:count]
-    return view
+    return tensor if length == count else tensor[:count]
 
 
 def refuse(name: str, value: object, accepted: str) -> NoReturn:
@@ -86,10 +92,26 @@ def refuse(name: str, value: object, accepted: str) -> NoReturn:
 
 
 def _stream(tensor: Tensor) -> tuple[int, bool] | None:
-    """The current stream, and whether a graph is captured on it; None for the CPU.
-
-    What was computed before a capture is not computed again by a replay.
-    """
-    if not tensor.is_cuda:
+    """The current stream, and whether a graph is captured on it; None for the CPU."""
+    device = _get_device(tensor)
+    if device < 0:
         return None
-    return internals.raw_stream(tensor.device.index), torch.cuda.is_current_stream_capturing()
+    stream = internals.raw_stream(device)
+    # CUDA cannot capture its default stream, which is 0.
+    return stream, stream != 0 and torch.cuda.is_current_stream_capturing()
+
+
+def _layout_guard(*tensors: Tensor) -> Callable[..., bool]:
+    """A function that tells whether other tensors are laid out like these."""
+    if internals.FOUND:
+        return internals.make_guard(
+            *tensors,
+            dynamic_dims_sizes=[[*x.shape] for x in tensors],  # pyright: ignore
+            dynamic_dims_strides=[[*x.stride()] for x in tensors],  # pyright: ignore
+        ).check
+    layouts = _layouts(*tensors)
+    return lambda *others: _layouts(*others) == layouts
+
+
+def _layouts(*tensors: Tensor) -> list[tuple]:
+    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 import kvfold
+from kvfold.adapters.trtllm.pages import cache_pages
 from kvfold.adapters.trtllm.slots import row_slots
-from kvfold.adapters.trtllm.step import first, refuse, shared
+from kvfold.adapters.trtllm.step import Tensors, first, refuse, shared
 from kvfold.ops.norm_rope_store.spec import SPEC, Arguments
 from kvfold.runtime.arguments import check
 
@@ -79,47 +79,82 @@ def compressor_postprocess_scatter(
         scale_output: [num_rows, scales], mutated: their scales. Both are left alone by types 0
             and 1, as by the engine.
     """
-    if kv_comp.dim() != 2:
-        refuse("kv_comp", f"of shape {list(kv_comp.shape)}", "[num_rows, head_dim]")
-    num_rows, head_dim = kv_comp.shape
-    if nope_dim + rope_dim != head_dim or nope_dim < 0 or rope_dim < 0:
-        refuse("nope_dim + rope_dim", f"{nope_dim} + {rope_dim}", f"{head_dim}, as kv_comp has")
-    if not 0 <= cache_scale_type < len(FORMATS):
-        accepted = "0 to 3; kvfold has no format with scales in a buffer of their own"
-        refuse("cache_scale_type", cache_scale_type, accepted)
-    if tokens_per_block < 1:
-        refuse("tokens_per_block", tokens_per_block, "1 or more")
-    if not num_rows:
+    metadata = num_outputs, cu_kv_comp, start_pos, block_offsets, compressed_mask
+    rows = shared(
+        _Rows,
+        (nope_dim, rope_dim, tokens_per_block, cache_scale_type),
+        metadata,
+        (kv_comp, position_ids, cos_sin_table),
+    )
+    if rows.number == 0:
         return
-    format, row_bytes = _format(cache_scale_type, kv_comp.dtype, head_dim)
-    rope_table = _rope_table(cos_sin_table, rope_dim)
-    positions = first("position_ids", position_ids, num_rows)
-    mask = first("compressed_mask", compressed_mask, num_rows)
-    cache = _cache_pages(kv_cache, tokens_per_block * row_bytes)
+    if rows.positions_are_longer:
+        position_ids = position_ids[: rows.number]
+    if rows.rope_shape is not None:
+        cos_sin_table = cos_sin_table.view(rows.rope_shape)
     codes_out = scales_out = None
     if cache_scale_type >= 2:
         codes_out, scales_out = _bytes(quant_output), _bytes(scale_output)
-    metadata = num_outputs, cu_kv_comp, start_pos, block_offsets, mask
-
-    def make_slots() -> Tensor:
-        slots = torch.empty(num_rows, dtype=torch.int64, device=kv_comp.device)
+    cache = cache_pages(kv_cache, rows.page_bytes)
+    if not rows.located:
         _check(
-            metadata, kv_comp, rms_weight, rope_table, positions, slots, cache, rms_eps,
-            tokens_per_block, format, "once", rotate_activation, "none", None, None, kv_out,
-            codes_out, scales_out,
+            rows.metadata, kv_comp, rms_weight, cos_sin_table, position_ids, rows.slots, cache,
+            rms_eps, tokens_per_block, rows.format, "once", rotate_activation, "none", None, None,
+            kv_out, codes_out, scales_out,
         )  # fmt: skip
-        return row_slots(slots, *metadata, tokens_per_block)
-
-    key = num_rows, tokens_per_block, num_outputs.shape, block_offsets.shape
-    slots = shared(key, metadata, make_slots)
+        row_slots(rows.slots, *rows.metadata, tokens_per_block)
+        rows.located = True
     kvfold.norm_rope_store(
-        kv_comp, rms_weight, rope_table, positions, slots, cache, rms_eps, tokens_per_block,
-        format, rotate=rotate_activation, rows_out=kv_out, codes_out=codes_out,
-        scales_out=scales_out,
+        kv_comp, rms_weight, cos_sin_table, position_ids, rows.slots, cache, rms_eps,
+        tokens_per_block, rows.format, rotate=rotate_activation, rows_out=kv_out,
+        codes_out=codes_out, scales_out=scales_out,
     )  # fmt: skip
 
 
-@functools.cache
+class _Rows:
+    """What the rows of a call have in common with those of other layers.
+
+    Attributes:
+        format: of the cache, in kvfold's table.
+        page_bytes: of a page of the cache.
+        rope_table, positions: of the rows.
+        metadata: as row_slots takes it.
+        slots: of the rows; without values until they are located.
+    """
+
+    def __init__(self, sizes: tuple, metadata: Tensors, likes: Tensors) -> None:
+        """Raises ValueError for sizes that do not go together.
+
+        Args:
+            sizes: nope_dim, rope_dim, tokens_per_block, cache_scale_type.
+            metadata: as row_slots takes it, but for a mask that may be longer.
+            likes: kv_comp, position_ids, cos_sin_table.
+        """
+        nope_dim, rope_dim, tokens_per_block, cache_scale_type = sizes
+        kv_comp, position_ids, cos_sin_table = likes
+        *others, mask = metadata
+        if kv_comp.dim() != 2:
+            refuse("kv_comp", f"of shape {list(kv_comp.shape)}", "[num_rows, head_dim]")
+        self.number, head_dim = num_rows, head_dim = kv_comp.shape
+        if nope_dim + rope_dim != head_dim or nope_dim < 0 or rope_dim < 0:
+            value = f"{nope_dim} + {rope_dim}"
+            refuse("nope_dim + rope_dim", value, f"{head_dim}, as kv_comp has")
+        if not 0 <= cache_scale_type < len(FORMATS):
+            accepted = "0 to 3; kvfold has no format with scales in a buffer of their own"
+            refuse("cache_scale_type", cache_scale_type, accepted)
+        if tokens_per_block < 1:
+            refuse("tokens_per_block", tokens_per_block, "1 or more")
+        self.format, row_bytes = _format(cache_scale_type, kv_comp.dtype, head_dim)
+        self.page_bytes = tokens_per_block * row_bytes
+        self.rope_shape = _rope_shape(cos_sin_table, rope_dim)
+        self.positions_are_longer = (
+            first("position_ids", position_ids, num_rows) is not position_ids
+        )
+        self.metadata = (*others, first("compressed_mask", mask, num_rows))
+        self.slots = torch.empty(num_rows, dtype=torch.int64, device=kv_comp.device)
+        self.located = False
+
+
 def _format(cache_scale_type: int, dtype: torch.dtype, head_dim: int) -> tuple[str, int]:
     """The cache format of kvfold's table, and the bytes of a row with its scales."""
     if cache_scale_type == 0:
@@ -128,23 +163,15 @@ def _format(cache_scale_type: int, dtype: torch.dtype, head_dim: int) -> tuple[s
     return FORMATS[cache_scale_type], row_bytes[cache_scale_type - 1]
 
 
-def _rope_table(cos_sin_table: Tensor, rope_dim: int) -> Tensor:
-    """The table as [max_pos, 2, rope_dim / 2]."""
+def _rope_shape(cos_sin_table: Tensor, rope_dim: int) -> tuple[int, int, int] | None:
+    """The table's shape for kvfold; None if it is [max_pos, 2, rope_dim / 2] already."""
     shape = cos_sin_table.shape
     if len(shape) == 3 and shape[1] == 2 and 2 * shape[2] == rope_dim:
-        return cos_sin_table
+        return None
     if rope_dim < 2 or not cos_sin_table.is_contiguous() or cos_sin_table.numel() % rope_dim:
         accepted = f"[max_pos, 2, {rope_dim} / 2], or contiguous rows of {rope_dim}"
         refuse("cos_sin_table", f"of shape {list(shape)}", accepted)
-    return cos_sin_table.view(-1, 2, rope_dim // 2)
-
-
-def _cache_pages(kv_cache: Tensor, page_bytes: int) -> Tensor:
-    """The cache as [num_pages, page_bytes] of bytes."""
-    if not kv_cache.is_contiguous() or not kv_cache.dim():
-        value = f"of shape {list(kv_cache.shape)} and strides {kv_cache.stride()}"
-        refuse("kv_cache", value, "contiguous pages")
-    return _bytes(kv_cache).as_strided((kv_cache.nbytes // page_bytes, page_bytes), (page_bytes, 1))
+    return (-1, 2, rope_dim // 2)
 
 
 @overload
