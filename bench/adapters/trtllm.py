@@ -7,8 +7,8 @@ kvfold's.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,15 +26,18 @@ STATE_PAGE = 128  # tokens
 TOKENS = 2048  # per request
 CACHES = {0: "bf16", 1: "fp8_tensor", 2: "fp8_block128", 3: "mxfp4"}  # cache_scale_type: format
 
-# The cases share their slots, as the layers of a step do. This step is never left.
-_steps = contextlib.ExitStack()
-
 
 def cases(device: torch.device) -> list[HostCase]:
     """Decode and the way to the cache: at ratios 128 and 4, and for every cache type."""
-    _steps.enter_context(trtllm.step())
     found = [case for ratio in (128, 4) for case in _decode(ratio, device)]
     return found + [case for kind in CACHES for case in _scatter(kind, device)]
+
+
+def _in_a_step(op: Callable[..., None], arguments: tuple[Any, ...]) -> Callable[[], None]:
+    """A call that is always in one step, as one of its layers. Its caller is not in the step."""
+    context = contextvars.copy_context()
+    context.run(trtllm.step().__enter__)
+    return lambda: context.run(op, *arguments)
 
 
 def _decode(ratio: int, device: torch.device) -> Iterator[HostCase]:
@@ -66,12 +69,12 @@ def _decode(ratio: int, device: torch.device) -> Iterator[HostCase]:
     new_tokens = ints(torch.full((BATCH,), NEXT_N))
     yield HostCase(
         f"decode, ratio {ratio}, torch.ops",
-        lambda: torch.ops.trtllm.compressor_paged_kv_compress(*theirs),
+        _in_a_step(torch.ops.trtllm.compressor_paged_kv_compress, theirs),
         lambda: torch.ops.kvfold.paged_kv_compress(*ours, new_tokens=new_tokens),
     )
     yield HostCase(
         f"decode, ratio {ratio}, function",
-        lambda: trtllm.compressor_paged_kv_compress(*theirs),
+        _in_a_step(trtllm.compressor_paged_kv_compress, theirs),
         lambda: kvfold.paged_kv_compress(*ours, new_tokens=new_tokens),
     )
 
@@ -113,11 +116,11 @@ def _scatter(kind: int, device: torch.device) -> Iterator[HostCase]:
     )  # fmt: skip
     yield HostCase(
         f"postprocess, type {kind}, torch.ops",
-        lambda: torch.ops.trtllm.compressor_postprocess_scatter(*theirs),
+        _in_a_step(torch.ops.trtllm.compressor_postprocess_scatter, theirs),
         lambda: torch.ops.kvfold.norm_rope_store(*ours, codes_out=codes, scales_out=scales),
     )
     yield HostCase(
         f"postprocess, type {kind}, function",
-        lambda: trtllm.compressor_postprocess_scatter(*theirs),
+        _in_a_step(trtllm.compressor_postprocess_scatter, theirs),
         lambda: kvfold.norm_rope_store(*ours, codes_out=codes, scales_out=scales),
     )

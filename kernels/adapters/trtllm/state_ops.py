@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kvfold
 from kvfold.adapters.trtllm.step import Tensors, first, refuse, shared
 from kvfold.runtime import internals
+from kvfold.runtime.torch_op import torch_op
 
 MAX_NEXT_N = 8
 OVERLAP_RATIO = 4  # windows of this ratio overlap, those of others do not
+
+# kvfold's functions without the Python call around them.
+_paged_kv_compress = torch_op("paged_kv_compress")
+_prefill_compress = torch_op("prefill_compress")
 
 # (device, batch, next_n) -> stream -> [batch], int32, next_n in every element, made on that stream.
 # Captured graphs read these tensors, so they are never freed.
@@ -51,15 +55,14 @@ def compressor_paged_kv_compress(
     metadata = (kv_lens, cu_seq_lens, cu_kv_comp, block_table_kv)
     if block_table_score is not block_table_kv:
         metadata += (block_table_score,)
-    sizes = (batch_size, page_size, head_dim, compress_ratio, next_n)
-    state = (output, paged_kv, paged_score)
-    if new_tokens_per_seq is None:
-        views, new_tokens = shared(_decode, sizes, metadata, state)
-    else:
-        views, new_tokens = shared(_ragged_decode, sizes, (new_tokens_per_seq, *metadata), state)
+    is_ragged = new_tokens_per_seq is not None
+    if is_ragged:
+        metadata += (new_tokens_per_seq,)
+    sizes = (batch_size, page_size, head_dim, compress_ratio, next_n, is_ragged)
+    views, new_tokens = shared(_decode, sizes, metadata, (output, paged_kv, paged_score))
     if views.pages is not None:
         paged_kv, paged_score = paged_kv.view(views.pages), paged_score.view(views.pages)
-    kvfold.paged_kv_compress(
+    _paged_kv_compress(
         kv_score, ape, paged_kv, paged_score, views.block_table_kv, views.block_table_score, output,
         views.kv_lens, views.cu_seq_lens, views.cu_kv_comp, compress_ratio, next_n,
         new_tokens=new_tokens,
@@ -101,7 +104,7 @@ def compressor_prefill_reduction(
     views = shared(_Views, sizes, metadata, (output, paged_kv, paged_score))
     if views.pages is not None:
         paged_kv, paged_score = paged_kv.view(views.pages), paged_score.view(views.pages)
-    kvfold.prefill_compress(
+    _prefill_compress(
         kv_score, ape, paged_kv, paged_score, views.block_table_kv, views.block_table_score, output,
         views.kv_lens, views.cu_seq_lens, views.cu_kv_comp, compress_ratio,
     )  # fmt: skip
@@ -146,24 +149,20 @@ class _Views:
 
 
 def _decode(sizes: tuple, metadata: Tensors, state: Tensors) -> tuple[_Views, Tensor]:
-    """The views of a decode call, and next_n tokens for each request."""
-    *others, next_n = sizes
-    _check_next_n(next_n)
-    return _Views((*others,), metadata, state), _uniform(metadata[0], sizes[0], next_n)
+    """The views of a decode call, and the new tokens of each request.
 
-
-def _ragged_decode(sizes: tuple, metadata: Tensors, state: Tensors) -> tuple[_Views, Tensor]:
-    """As _decode, with new_tokens_per_seq before the metadata."""
-    *others, next_n = sizes
-    _check_next_n(next_n)
-    counts, *others_metadata = metadata
-    views = _Views((*others,), (*others_metadata,), state)
-    return views, first("new_tokens_per_seq", counts, sizes[0])
-
-
-def _check_next_n(next_n: int) -> None:
+    Args:
+        sizes: those of _Views, next_n, and whether new_tokens_per_seq is behind the metadata.
+    """
+    *common, next_n, is_ragged = sizes
     if not 1 <= next_n <= MAX_NEXT_N:
         refuse("next_n", next_n, f"1 to {MAX_NEXT_N}")
+    batch_size = sizes[0]
+    if not is_ragged:
+        views = _Views((*common,), metadata, state)
+        return views, _uniform(views.kv_lens, batch_size, next_n)
+    views = _Views((*common,), metadata[:-1], state)
+    return views, first("new_tokens_per_seq", metadata[-1], batch_size)
 
 
 def _has_pages(name: str, pool: Tensor, page_size: int, state_dim: int) -> bool:

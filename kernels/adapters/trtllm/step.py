@@ -19,7 +19,7 @@ _get_device = Tensor.get_device
 
 
 class step:
-    """Calls in the body share what they compute from metadata alone.
+    """Calls in the body share what they derive from metadata alone.
 
     compressor_postprocess_scatter computes a cache slot per row from its metadata. Without a step
     every call does so, in a few small launches of its own. In a step, calls on one stream with the
@@ -43,8 +43,8 @@ class step:
         _current.reset(self._token)
 
 
-_none = step()
-_current = contextvars.ContextVar("step", default=_none)
+_no_step = step()
+_current = contextvars.ContextVar("step", default=_no_step)
 
 
 def shared(
@@ -65,12 +65,13 @@ def shared(
     made = _current.get().made
     if made is None:
         return make(scalars, tensors, likes)
-    place = (make, scalars, _stream(tensors[0]), *map(_data_ptr, tensors))
+    device = _get_device(tensors[0])
+    place = (make, scalars, device >= 0 and _stream(device), *map(_data_ptr, tensors))
     found = made.get(place)
     if found is None or not found[0](*tensors, *likes):
         has_layouts = _layout_guard(*tensors, *likes)
-        # The tensors are kept so that no other tensor takes their memory.
-        found = made[place] = has_layouts, make(scalars, tensors, likes), tensors
+        memory = [x.untyped_storage() for x in tensors]  # kept, so that no other tensor takes it
+        found = made[place] = has_layouts, make(scalars, tensors, likes), memory
     return found[1]
 
 
@@ -91,11 +92,8 @@ def refuse(name: str, value: object, accepted: str) -> NoReturn:
     raise ValueError(f"{name} is {value}; accepted: {accepted}")
 
 
-def _stream(tensor: Tensor) -> tuple[int, bool] | None:
-    """The current stream, and whether a graph is captured on it; None for the CPU."""
-    device = _get_device(tensor)
-    if device < 0:
-        return None
+def _stream(device: int) -> tuple[int, bool]:
+    """The current stream of a GPU, and whether a graph is captured on it."""
     stream = internals.raw_stream(device)
     # CUDA cannot capture its default stream, which is 0.
     return stream, stream != 0 and torch.cuda.is_current_stream_capturing()

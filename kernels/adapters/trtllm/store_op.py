@@ -8,12 +8,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-import kvfold
 from kvfold.adapters.trtllm.pages import cache_pages
 from kvfold.adapters.trtllm.slots import row_slots
 from kvfold.adapters.trtllm.step import Tensors, first, refuse, shared
 from kvfold.ops.norm_rope_store.spec import SPEC, Arguments
 from kvfold.runtime.arguments import check
+from kvfold.runtime.torch_op import torch_op
 
 FORMATS = ("bf16", "fp8_tensor", "fp8_block128", "mxfp4")  # by cache_scale_type
 METADATA = {
@@ -24,6 +24,10 @@ METADATA = {
     "compressed_mask": (1, torch.bool),
 }  # dimensions and dtype
 CAPACITY = 1024  # of _accepted
+
+_norm_rope_store = torch_op(
+    "norm_rope_store"
+)  # kvfold's function without the Python call around it
 
 # What tells apart the calls that `_check` has accepted.
 _accepted: set[tuple] = set()
@@ -104,7 +108,7 @@ def compressor_postprocess_scatter(
         )  # fmt: skip
         row_slots(rows.slots, *rows.metadata, tokens_per_block)
         rows.located = True
-    kvfold.norm_rope_store(
+    _norm_rope_store(
         kv_comp, rms_weight, cos_sin_table, position_ids, rows.slots, cache, rms_eps,
         tokens_per_block, rows.format, rotate=rotate_activation, rows_out=kv_out,
         codes_out=codes_out, scales_out=scales_out,
@@ -112,18 +116,21 @@ def compressor_postprocess_scatter(
 
 
 class _Rows:
-    """What the rows of a call have in common with those of other layers.
+    """What rows of several layers have in common: where they go, and how.
 
     Attributes:
+        number: of rows.
+        positions_are_longer: position_ids must be cut to the rows.
+        rope_shape: of the table for kvfold; None if it has it.
         format: of the cache, in kvfold's table.
         page_bytes: of a page of the cache.
-        rope_table, positions: of the rows.
         metadata: as row_slots takes it.
-        slots: of the rows; without values until they are located.
+        slots: of the rows.
+        located: the slots have their values.
     """
 
     def __init__(self, sizes: tuple, metadata: Tensors, likes: Tensors) -> None:
-        """Raises ValueError for sizes that do not go together.
+        """Raises ValueError for sizes that do not go together. Launches nothing.
 
         Args:
             sizes: nope_dim, rope_dim, tokens_per_block, cache_scale_type.
@@ -132,7 +139,7 @@ class _Rows:
         """
         nope_dim, rope_dim, tokens_per_block, cache_scale_type = sizes
         kv_comp, position_ids, cos_sin_table = likes
-        *others, mask = metadata
+        num_outputs, cu_kv_comp, start_pos, block_offsets, mask = metadata
         if kv_comp.dim() != 2:
             refuse("kv_comp", f"of shape {list(kv_comp.shape)}", "[num_rows, head_dim]")
         self.number, head_dim = num_rows, head_dim = kv_comp.shape
@@ -147,10 +154,10 @@ class _Rows:
         self.format, row_bytes = _format(cache_scale_type, kv_comp.dtype, head_dim)
         self.page_bytes = tokens_per_block * row_bytes
         self.rope_shape = _rope_shape(cos_sin_table, rope_dim)
-        self.positions_are_longer = (
-            first("position_ids", position_ids, num_rows) is not position_ids
-        )
-        self.metadata = (*others, first("compressed_mask", mask, num_rows))
+        positions = first("position_ids", position_ids, num_rows)
+        self.positions_are_longer = positions is not position_ids
+        mask = first("compressed_mask", mask, num_rows)
+        self.metadata = num_outputs, cu_kv_comp, start_pos, block_offsets, mask
         self.slots = torch.empty(num_rows, dtype=torch.int64, device=kv_comp.device)
         self.located = False
 

@@ -1,6 +1,8 @@
 """The two ops that reduce windows, through torch.ops.trtllm, against the engine's semantics."""
 
 import itertools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from trtllm_memory import assert_same_memory, copied
 from trtllm_oracle import decode, prefill
 
 import kvfold.adapters.trtllm as trtllm
+from kvfold.adapters.trtllm import state_ops
+from kvfold.runtime import internals
 
 DEVICES = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module"
@@ -21,15 +25,20 @@ ORACLES = {DECODE: decode, PREFILL: prefill}
 
 def assert_does(op, call, device):
     """An op does what its oracle does, and writes nothing else. Returns the call after it."""
-    expected, rows = ORACLES[op](call)
     done = copied(call, device)
-    op(*done.values())
+    assert_does_in_place(op, done)
+    return done
+
+
+def assert_does_in_place(op, call):
+    """As assert_does, on the tensors of the call themselves."""
+    expected, rows = ORACLES[op](call)
+    op(*call.values())
     filled = ~rows.isnan().any(1)
-    actual = done["output"].cpu()
+    actual = call["output"].cpu()
     assert_rows_close(actual[filled], rows[filled], 4.0, "output")
     expected["output"][filled] = actual[filled]
-    assert_same_memory(done, expected)
-    return done
+    assert_same_memory(call, expected)
 
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -241,6 +250,135 @@ def test_whole_chunked_and_decoded_prompts_have_the_same_bits(ratio, state_dtype
         written = ~done[name].isnan().any(-1)
         assert written.sum() == total
         assert torch.equal(pieces[name][written], done[name][written])
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def finite(call):
+    """The call with numbers in all pages, so that it may have the metadata of another one."""
+    for name in ("paged_kv", "paged_score"):
+        call[name].nan_to_num_()
+    return call
+
+
+METADATA = ("block_table_kv", "block_table_score", "kv_lens", "cu_seq_lens", "cu_kv_comp")
+CALLS = {
+    "decode": (DECODE, lambda seed=0: finite(decode_call([3, 6, 2], 2, longer=2, seed=seed))),
+    "ragged": (
+        DECODE,
+        lambda seed=0: finite(decode_call([3, 6, 2], 2, [2, 0, 1], longer=2, seed=seed)),
+    ),
+    "prefill": (
+        PREFILL,
+        lambda seed=0: finite(prefill_call([(3, 5), (0, 9)], longer=2, seed=seed)),
+    ),
+}
+EACH_CALL = pytest.mark.parametrize("kind", CALLS)
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """Counts how often the views of a call are made."""
+    counter = SimpleNamespace(made=0)
+    make = state_ops._Views.__init__
+
+    def counted(*args):
+        counter.made += 1
+        make(*args)
+
+    monkeypatch.setattr(state_ops._Views, "__init__", counted)
+    return counter
+
+
+@EACH_CALL
+@pytest.mark.parametrize("found", [True, False])
+def test_the_layers_of_a_step_share_views(kind, found, views, monkeypatch):
+    """The layers have pools of their own, and views made anew of the same metadata."""
+    monkeypatch.setattr(internals, "FOUND", found)
+    op, make = CALLS[kind]
+    first = make()
+    calls = [first]
+    for seed in (1, 2):
+        other = make(seed)
+        for name in (*METADATA, "new_tokens_per_seq"):
+            if first.get(name) is not None:
+                other[name] = first[name][:]
+        calls.append(other)
+    with trtllm.step():
+        for call in calls:
+            assert_does_in_place(op, call)
+    assert views.made == 1
+    assert_does_in_place(op, first)
+    assert views.made == 2
+
+
+@EACH_CALL
+@pytest.mark.parametrize("change", ["memory", "strides", "length", "batch_size", "pools"])
+def test_a_step_sees_what_has_changed(kind, change, views):
+    op, make = CALLS[kind]
+    call = make()
+    with trtllm.step():
+        assert_does_in_place(op, call)
+        if change == "memory":  # other memory in the same tensors
+            other = make(seed=1)
+            for name in METADATA:
+                call[name].set_(other[name])
+            call |= {name: other[name] for name in ("paged_kv", "paged_score", "output")}
+        elif change == "strides":
+            rows, columns = call["batch_size"], call["block_table_kv"].shape[1]
+            call["block_table_kv"] = call["block_table_kv"].as_strided(
+                (rows, columns), (2 * columns, 1)
+            )
+        elif change == "length":
+            call["cu_kv_comp"] = call["cu_kv_comp"][:-1]
+        elif change == "batch_size":
+            call["batch_size"] = 1
+        else:
+            for name in ("paged_kv", "paged_score"):
+                call[name] = call[name].flatten(1)
+        assert_does_in_place(op, call)
+    assert views.made == 2
+
+
+def test_a_step_sees_other_numbers_of_new_tokens(views):
+    call = decode_call([3, 6, 2], 2)
+    with trtllm.step():
+        for next_n, counts in [(2, None), (1, None), (1, [1, 0, 1]), (2, [1, 0, 1])]:
+            call["next_n"] = next_n
+            call["new_tokens_per_seq"] = counts and torch.tensor(counts, dtype=torch.int32)
+            assert_does_in_place(DECODE, call)
+    assert views.made == 4
+
+
+@EACH_CALL
+def test_a_step_keeps_metadata_and_nothing_of_a_layer(kind):
+    op, make = CALLS[kind]
+    call = make()
+    memory = {
+        name: weakref.ref(x.untyped_storage())
+        for name, x in call.items()
+        if isinstance(x, torch.Tensor)
+    }
+    with trtllm.step():
+        op(*call.values())
+        call.clear()
+        kept = {name for name, storage in memory.items() if storage() is not None}
+        metadata = {*METADATA, *(["new_tokens_per_seq"] if kind == "ragged" else [])}
+        assert kept == metadata
+    assert all(storage() is None for storage in memory.values())
+
+
+@EACH_CALL
+def test_a_refused_call_of_a_step_leaves_nothing_behind(kind):
+    op, make = CALLS[kind]
+    call = make()
+    with trtllm.step():
+        for _ in range(2):
+            assert_refused(op, call, "kv_lens is of length 1", kv_lens=call["kv_lens"][:1])
+        assert_does_in_place(op, call)
+        assert_refused(op, call, "page_size|state|paged_kv", page_size=7)
+        assert_does_in_place(op, call)
 
 
 # ---- errors --------------------------------------------------------------------------------------

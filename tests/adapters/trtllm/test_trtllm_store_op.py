@@ -1,5 +1,7 @@
 """The op that takes rows to the cache, through torch.ops.trtllm, to the byte."""
 
+import contextvars
+import itertools
 import threading
 import weakref
 from types import SimpleNamespace
@@ -12,12 +14,14 @@ from trtllm_oracle import scatter
 
 import kvfold
 import kvfold.adapters.trtllm as trtllm
+from kvfold.adapters.trtllm import pages
 
 DEVICES = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="module"
 )
 SCATTER = torch.ops.trtllm.compressor_postprocess_scatter
 KINDS = pytest.mark.parametrize("kind", range(4))
+METADATA = ("num_outputs", "cu_kv_comp", "start_pos", "block_offsets", "compressed_mask")
 # Rows in the cache, rows that are stored, rows that are reserved.
 MIXED = [(0, 5, 5), (7, 1, 1), (3, 0, 2), (9, 1, 2), (0, 0, 0), (2, 2, 2)]
 
@@ -177,7 +181,7 @@ def layers(call, number):
     found = []
     for layer in range(number):
         other = copied(scatter_call(MIXED, longer=2, seed=layer))
-        for name in ("num_outputs", "cu_kv_comp", "start_pos", "block_offsets", "compressed_mask"):
+        for name in METADATA:
             other[name] = call[name][:]
         found.append(other)
     return found
@@ -237,15 +241,82 @@ def test_a_step_ends_and_belongs_to_its_thread(located):
     assert located.calls == 7
 
 
-def test_the_metadata_of_a_step_is_kept_until_it_ends():
-    """No other tensor takes its memory."""
-    call = scatter_call(MIXED)
-    names = ("num_outputs", "cu_kv_comp", "start_pos", "block_offsets", "compressed_mask")
+def test_the_memory_of_a_steps_metadata_is_kept_until_it_ends():
+    """No other tensor takes it. What belongs to a layer is not kept."""
+    call = scatter_call(MIXED, kind=2, outputs=True)
+    memory = {
+        name: weakref.ref(x.untyped_storage())
+        for name, x in call.items()
+        if isinstance(x, torch.Tensor)
+    }
     with trtllm.step():
         trtllm.compressor_postprocess_scatter(**call)
-        kept = [weakref.ref(call.pop(name)) for name in names]
-        assert all(one() is not None for one in kept)
-    assert all(one() is None for one in kept)
+        call["start_pos"].set_(torch.zeros(0, dtype=torch.int32))
+        call.clear()
+        assert {name for name, storage in memory.items() if storage() is not None} == {*METADATA}
+    assert all(storage() is None for storage in memory.values())
+
+
+def test_a_context_that_outlives_a_step_is_outside_of_it(located):
+    call = scatter_call(MIXED)
+    with trtllm.step():
+        assert_stores_in_place(call)
+        context = contextvars.copy_context()
+    call["start_pos"] += 1
+    context.run(assert_stores_in_place, call)
+    assert located.calls == 2
+
+
+@pytest.mark.parametrize("change", ["rows_dtype", "flat_table", "positions", "kind"])
+def test_a_step_sees_other_rows_and_tables(change):
+    first = scatter_call(MIXED)
+    changed = {
+        "rows_dtype": {"rows_dtype": torch.float32},
+        "flat_table": {"flat_table": True},
+        "positions": {"longer": 2},
+        "kind": {"kind": 1},
+    }[change]
+    other = scatter_call(MIXED, **changed)
+    for name in METADATA:
+        other[name] = first[name]
+    with trtllm.step():
+        for call in (first, other, first):
+            assert_stores_in_place(call)
+
+
+# ---- caches --------------------------------------------------------------------------------------
+
+
+def test_a_cache_in_the_place_of_another_one():
+    """Other sizes, dtypes and formats at one address, as after a cache has been freed."""
+    memory = torch.zeros(1 << 16, dtype=torch.uint8)
+    for kind, dtype, per_page in itertools.product(range(4), [torch.uint8, torch.bfloat16], [2, 4]):
+        call = scatter_call(MIXED, kind=kind, per_page=per_page, cache_dtype=dtype)
+        cache = memory[: call["kv_cache"].nbytes].view(dtype).view(call["kv_cache"].shape)
+        call["kv_cache"] = cache
+        assert_stores_in_place(call)
+
+
+def test_a_cache_tensor_that_gets_other_memory():
+    call = scatter_call(MIXED)
+    with trtllm.step():
+        assert_stores_in_place(call)
+        left = call["kv_cache"].detach().clone()
+        before = call["kv_cache"].detach()
+        call["kv_cache"].set_(torch.zeros_like(before))
+        assert_stores_in_place(call)
+        assert torch.equal(before, left)
+        call["kv_cache"].t_()
+        with pytest.raises(ValueError, match="contiguous"):
+            SCATTER(*call.values())
+
+
+def test_few_pages_are_remembered(monkeypatch):
+    monkeypatch.setattr(pages, "CAPACITY", 2)
+    monkeypatch.setattr(pages, "_known", {})
+    for _ in range(5):
+        assert_stores_in_place(scatter_call(MIXED))
+        assert len(pages._known) <= 2
 
 
 # ---- errors --------------------------------------------------------------------------------------
