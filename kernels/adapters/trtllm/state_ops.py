@@ -154,15 +154,13 @@ def _decode(sizes: tuple, metadata: Tensors, state: Tensors) -> tuple[_Views, Te
     Args:
         sizes: those of _Views, next_n, and whether new_tokens_per_seq is behind the metadata.
     """
-    *common, next_n, is_ragged = sizes
+    next_n, is_ragged = sizes[4:]
     if not 1 <= next_n <= MAX_NEXT_N:
         refuse("next_n", next_n, f"1 to {MAX_NEXT_N}")
-    batch_size = sizes[0]
-    if not is_ragged:
-        views = _Views((*common,), metadata, state)
-        return views, _uniform(views.kv_lens, batch_size, next_n)
-    views = _Views((*common,), metadata[:-1], state)
-    return views, first("new_tokens_per_seq", metadata[-1], batch_size)
+    views = _Views(sizes[:4], metadata[:-1] if is_ragged else metadata, state)
+    if is_ragged:
+        return views, first("new_tokens_per_seq", metadata[-1], sizes[0])
+    return views, _uniform(views.kv_lens, sizes[0], next_n)
 
 
 def _has_pages(name: str, pool: Tensor, page_size: int, state_dim: int) -> bool:

@@ -244,6 +244,7 @@ def test_a_step_ends_and_belongs_to_its_thread(located):
 def test_the_memory_of_a_steps_metadata_is_kept_until_it_ends():
     """No other tensor takes it. What belongs to a layer is not kept."""
     call = scatter_call(MIXED, kind=2, outputs=True)
+    call["start_pos"] = call["start_pos"].clone()
     memory = {
         name: weakref.ref(x.untyped_storage())
         for name, x in call.items()
@@ -290,8 +291,10 @@ def test_a_step_sees_other_rows_and_tables(change):
 def test_a_cache_in_the_place_of_another_one():
     """Other sizes, dtypes and formats at one address, as after a cache has been freed."""
     memory = torch.zeros(1 << 16, dtype=torch.uint8)
-    for kind, dtype, per_page in itertools.product(range(4), [torch.uint8, torch.bfloat16], [2, 4]):
-        call = scatter_call(MIXED, kind=kind, per_page=per_page, cache_dtype=dtype)
+    for kind, dtype, per_page, requests in itertools.product(
+        range(4), [torch.uint8, torch.bfloat16], [2, 4], [MIXED[:1], MIXED]
+    ):
+        call = scatter_call(requests, kind=kind, per_page=per_page, cache_dtype=dtype)
         cache = memory[: call["kv_cache"].nbytes].view(dtype).view(call["kv_cache"].shape)
         call["kv_cache"] = cache
         assert_stores_in_place(call)
