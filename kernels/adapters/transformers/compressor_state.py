@@ -19,6 +19,8 @@ from kvfold.ops.prefill_compress_store.op import prefill_compress_store
 PAGE = 128  # rows of a page of the state
 MOST_DECODED = 8  # new tokens per sequence that the shipped table has decode kernels for
 FIRST_ROWS = 64  # compressed rows per sequence that a state has room for at first
+# Tensors that calls with and without inference mode write in turn must not be inference tensors.
+plain_tensors = torch.inference_mode(False)
 FORMATS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtype of the model -> cache format
 
 
@@ -32,6 +34,7 @@ class CompressorState:
         max_rollback: tokens that `crop` can always remove.
     """
 
+    @plain_tensors
     def __init__(self, compressor: Any, batch: int, dtype: torch.dtype, rollback: int) -> None:
         """Makes an empty state.
 
@@ -75,6 +78,7 @@ class CompressorState:
         self.pool = torch.zeros(size, device=self.compressor.position_bias.device)
         self.paged_kv, self.paged_score = self.pool.split(self.state_dim, dim=2)
 
+    @plain_tensors
     def keep(self, rollback: int) -> None:
         """Makes max_rollback at least this many tokens. The rows that are there stay."""
         if rollback <= self.max_rollback:
@@ -86,6 +90,7 @@ class CompressorState:
         new[:, positions % self.ring] = old[:, positions % ring]
         self.block_table = self._block_table()
 
+    @plain_tensors
     def reserve(self, length: int) -> None:
         """Makes room for sequences of this length, and no more if there is less."""
         capacity = -(-length // self.ratio)
@@ -172,6 +177,7 @@ class CompressorState:
 
     # ---- the batch -------------------------------------------------------------------------------
 
+    @plain_tensors
     def select(self, sequences: Tensor) -> None:
         """Makes a batch of some sequences, in an order, each any number of times.
 
@@ -198,6 +204,7 @@ class StepTensors(NamedTuple):
 
 
 @lru_cache(maxsize=16)
+@plain_tensors
 def step_tensors(
     batch: int, start: int, new: int, ratio: int, capacity: int, device: torch.device
 ) -> StepTensors:

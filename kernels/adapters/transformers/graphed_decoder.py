@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.adapters.transformers.cache_layers import KvfoldLayer
+from kvfold.adapters.transformers.compressor_state import plain_tensors
 from kvfold.adapters.transformers.graph_layers import GraphLayer, StepClock
 from kvfold.step import StepBatch
 
@@ -28,6 +29,7 @@ class GraphedDecoder:
     and all steps run the code; `counters` says which.
     """
 
+    @plain_tensors
     def __init__(
         self, model: Any, cache: Any, max_length: int, attention_mask: Tensor | None = None
     ) -> None:

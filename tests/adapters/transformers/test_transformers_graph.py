@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers_models import DEVICES, forward, logits_in_chunks, make, new_cache, prompt
+from transformers_models import (
+    CSA,
+    DEVICES,
+    HCA,
+    forward,
+    logits_in_chunks,
+    make,
+    new_cache,
+    prompt,
+)
 
 import kvfold.adapters.transformers as adapter
 
@@ -31,6 +40,20 @@ def test_logits(device, length):
     want = logits_in_chunks(model, tokens, [])
     with decoder_after(model, tokens, length, length + 70) as decoder:
         for place in range(length, length + 70):
+            got = decoder.step(tokens[:, place])
+            torch.testing.assert_close(got, want[:, place], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_with_a_layer_without_compressor(mode):
+    kinds = {"layer_types": ["sliding_attention", HCA, CSA], "mlp_layer_types": ["moe"] * 3}
+    model = make(kvfold=True, device="cpu", num_hidden_layers=3, **kinds)
+    tokens, cache = prompt(2, 180, "cpu"), new_cache(model)
+    want = logits_in_chunks(model, tokens, [])
+    with mode():
+        forward(model, tokens[:, :130], cache)
+    with adapter.GraphedDecoder(model, cache, 180) as decoder:
+        for place in range(130, 180):
             got = decoder.step(tokens[:, place])
             torch.testing.assert_close(got, want[:, place], rtol=0, atol=1e-4)
 

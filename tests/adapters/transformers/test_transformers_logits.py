@@ -130,3 +130,17 @@ def test_gradients_after_a_call_without_are_refused():
         forward(model, tokens[:, :1], cache)
     with torch.no_grad():
         forward(model, tokens[:, :1], cache)
+
+
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_calls_with_and_without_inference_mode_in_turn(first):
+    model = make(kvfold=True, device="cpu")
+    tokens = prompt(2, 300, "cpu")
+    modes = [torch.no_grad, torch.inference_mode]
+    modes.sort(key=lambda mode: mode is not first)
+    cache, parts = new_cache(model), []
+    for number, part in enumerate(tokens.split([150, 1, 30, 119], dim=1)):
+        with modes[number % 2]():
+            parts.append(forward(model, part, cache))
+    want = logits_in_chunks(model, tokens, [])
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=0, atol=1e-4)
