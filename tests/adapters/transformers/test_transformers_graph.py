@@ -16,13 +16,6 @@ from transformers_models import (
 import kvfold.adapters.transformers as adapter
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    torch.set_num_threads(1)
-    yield
-    adapter.unpatch()
-
-
 def decoder_after(model, tokens, length, max_length, mask=None):
     cache = new_cache(model)
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)

@@ -25,13 +25,6 @@ CHUNKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    torch.set_num_threads(1)
-    yield
-    adapter.unpatch()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("chunks", CHUNKS)

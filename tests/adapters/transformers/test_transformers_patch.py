@@ -11,13 +11,6 @@ from kvfold.adapters.transformers.cache_layers import KvfoldLayer
 from kvfold.adapters.transformers.compressors import CSACompressor, HCACompressor, Indexer
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    torch.set_num_threads(1)
-    yield
-    adapter.unpatch()
-
-
 def state_of_transformers() -> tuple:
     return (
         dict(modeling.COMPRESSOR_CLASSES),

@@ -18,13 +18,6 @@ import kvfold.adapters.transformers as adapter
 from kvfold.adapters.transformers.compressor_state import PAGE
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    torch.set_num_threads(1)
-    yield
-    adapter.unpatch()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("length", [20, 250])
 @pytest.mark.parametrize("draft", ["same", "other"])

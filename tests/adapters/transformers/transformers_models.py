@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-import kvfold.adapters.transformers as adapter  # noqa: E402
+import kvfold.adapters.transformers as adapter
 
 HCA, CSA = "heavily_compressed_attention", "compressed_sparse_attention"
 DEVICES = [
