@@ -102,7 +102,7 @@ def _forward(name: str, plan: DecodePlan | PrefillPlan, device: torch.device) ->
         )
 
     views = itertools.cycle([kept.state_views(state) for state in states])
-    plain_ape = kept.kvfold_ape(ape, ratio, torch.float32)
+    plain_ape = kept.kvfold_ape(ape, ratio, torch.float32).tensor
     if isinstance(plan, DecodePlan):
         return HostCase(name, adapter, _decode_ops(plan, kv_score, plain_ape, views.__next__))
     return HostCase(name, adapter, _verify_ops(plan, kv_score, plain_ape, views.__next__))

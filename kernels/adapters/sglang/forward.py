@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kvfold
-from kvfold.adapters.sglang.kept import kvfold_ape, state_views
+from kvfold.adapters.sglang.internals import new_rows, same_layouts
+from kvfold.adapters.sglang.kept import Record, kvfold_ape, state_views
 from kvfold.adapters.sglang.plan import HEAD_DIMS, MAX_TOKENS, refuse
-from kvfold.adapters.sglang.step import Step
+from kvfold.adapters.sglang.step import step_of
+from kvfold.runtime.torch_op import torch_op
+
+# The ops themselves: their functions in Python, and keywords, take time.
+_paged_kv_compress = torch_op("paged_kv_compress")
+_prefill_compress = torch_op("prefill_compress")
+NO_PREFETCH, APE_IN_STATE = "none", False
 
 FLOATS = (torch.bfloat16, torch.float32)
+
+
+class Layer(Record):
+    """A layer's state and ape as kvfold takes them."""
+
+    def __init__(
+        self, kv_score_buffer: Tensor, ape: Tensor, ratio: int, dtype: torch.dtype
+    ) -> None:
+        self.has_layouts = same_layouts(kv_score_buffer, ape)
+        self.kv, self.score = state_views(kv_score_buffer)
+        self.ape = kvfold_ape(ape, ratio, dtype)
+
+
+_layers: dict[Hashable, Layer] = {}  # by addresses and what else tells calls apart
 
 
 def compress_forward(
@@ -54,42 +75,48 @@ def compress_forward(
     Raises:
         ValueError: an argument is not accepted. Nothing is launched or written.
     """
-    step = Step.of("compress_forward", plan, kv_score_buffer.data_ptr())
-    # The op checks the rest. A check here is for what it cannot know, and for the first call of a
-    # step, which launches what makes the metadata.
-    call = (
-        kv_score_buffer.shape, kv_score_input.shape, ape.shape, head_dim, compress_ratio,
-        is_online, None if out is None else out.shape,
-    )  # fmt: skip
-    if call not in step.accepted:
+    state, dtype, rows = kv_score_buffer.data_ptr(), kv_score_input.dtype, kv_score_input.shape[0]
+    step = step_of("compress_forward", plan, state)
+    key = (state, ape.data_ptr(), dtype, head_dim, compress_ratio, is_online)
+    layer, made = _layers.get(key), step.by_tokens.get(rows)
+    # The ops check the rest at each call.
+    if (
+        layer is None
+        or made is None
+        or layer.ape.version != layer.ape.source._version
+        or not layer.has_layouts(kv_score_buffer, ape)
+        or compress_ratio != step.ratio
+        or (out is not None and out.shape != (step.entries, head_dim))
+    ):
         _check(kv_score_buffer, kv_score_input, ape, plan, head_dim, compress_ratio, out, is_online)
-        step.accepted.add(call)
+        layer = Layer(kv_score_buffer, ape, compress_ratio, dtype)
+        if layer.ape.version is not None:
+            layer.keep(_layers, key, kv_score_buffer, ape)
+        made = step.make(plan, rows)
     if out is None:
-        out = kv_score_input.new_empty((plan[1].shape[0], head_dim))
-    ape = kvfold_ape(ape, compress_ratio, kv_score_input.dtype)
-    paged_kv, paged_score = state_views(kv_score_buffer)
-    if plan.is_decode:
-        requests = step.decode(plan).requests
-        kvfold.paged_kv_compress(
-            kv_score_input, ape, paged_kv, paged_score, requests.block_table,
+        out = new_rows(step.device, dtype, step.entries, head_dim)
+    if step.is_decode:
+        requests = made.get().requests
+        _paged_kv_compress(
+            kv_score_input, layer.ape.tensor, layer.kv, layer.score, requests.block_table,
             requests.block_table, out, requests.kv_lens, requests.cu_seq_lens,
-            requests.cu_outputs, compress_ratio, 1, ape_in_state=False,
+            requests.cu_outputs, compress_ratio, 1, NO_PREFETCH, APE_IN_STATE,
         )  # fmt: skip
         return out
     # The state is a ring: windows are reduced before new rows overwrite the rows that they read.
-    metadata = step.prefill(plan, kv_score_input.size(0))
+    metadata = made.get()
     requests = metadata.reduce
-    if len(out):
-        kvfold.prefill_compress(
-            kv_score_input, ape, paged_kv, paged_score, requests.block_table,
+    if step.entries:
+        _prefill_compress(
+            kv_score_input, layer.ape.tensor, layer.kv, layer.score, requests.block_table,
             requests.block_table, out, requests.kv_lens, requests.cu_seq_lens,
-            requests.cu_outputs, compress_ratio, ape_in_state=False, work="reduce",
+            requests.cu_outputs, compress_ratio, ape_in_state=APE_IN_STATE, work="reduce",
         )  # fmt: skip
     requests = metadata.store
-    kvfold.paged_kv_compress(
-        kv_score_input, ape, paged_kv, paged_score, requests.block_table, requests.block_table,
-        out, requests.kv_lens, requests.cu_seq_lens, requests.cu_outputs, compress_ratio, 1,
-        ape_in_state=False, work="store",
+    _paged_kv_compress(
+        kv_score_input, layer.ape.tensor, layer.kv, layer.score, requests.block_table,
+        requests.block_table, out, requests.kv_lens, requests.cu_seq_lens, requests.cu_outputs,
+        compress_ratio, 1, NO_PREFETCH, APE_IN_STATE, "store",
     )  # fmt: skip
     return out
 

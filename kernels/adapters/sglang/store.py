@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kvfold
 from kvfold import formats
-from kvfold.adapters.sglang.kept import parameter, rope_table
+from kvfold.adapters.sglang.internals import same_layouts
+from kvfold.adapters.sglang.kept import Record, rope_table, rounded
 from kvfold.adapters.sglang.plan import HEAD_DIMS, refuse
-from kvfold.adapters.sglang.step import Step
+from kvfold.adapters.sglang.step import step_of
+from kvfold.runtime.torch_op import torch_op
+
+# The op itself: its function in Python, and keywords, take time.
+_norm_rope_store = torch_op("norm_rope_store")
 
 # SGLang's name of a layout of rows of 512 columns -> the cache format. v4 has 584 bytes per row.
 FORMATS = {
@@ -24,7 +28,33 @@ FORMATS = {
     "uniform_fp8": "fp8_tensor",
 }
 
-NO_OTHERS = (None, None, None, None)
+
+class Epilogue(Record):
+    """What a layer's rows go through on their way to the cache.
+
+    Attributes:
+        arguments: that choose the format.
+    """
+
+    def __init__(
+        self,
+        norm_weight: Tensor,
+        freq_cis: Tensor,
+        dtype: torch.dtype,
+        format: str,
+        arguments: tuple,
+    ) -> None:
+        # SGLang rounds the weight to the rows' dtype; bf16 to fp32 is exact.
+        rounded_to = norm_weight.dtype if dtype == torch.float32 else torch.bfloat16
+        self.weight = rounded(norm_weight, rounded_to)
+        self.rope_table = rope_table(freq_cis)
+        self.format, self.rounding = format, rounding(format, dtype)
+        self.rotate = norm_weight.size(0) == 128
+        self.arguments = arguments
+        self.has_layouts = same_layouts(norm_weight, freq_cis)
+
+
+_epilogues: dict[Hashable, Epilogue] = {}  # by addresses and the dtype of rows
 
 
 def compress_norm_rope_store(
@@ -71,32 +101,38 @@ def compress_norm_rope_store(
     Raises:
         ValueError: an argument is not accepted. Nothing is launched or written.
     """
-    step = Step.of("compress_norm_rope_store", plan, kvcache.data_ptr())
-    format = cache_format(kv.size(-1), use_fp4, bf16_store, layout)
-    if fp8_2buff or (kvcache_scale, rope_cache, fp4_k_write_metadata, kvcache_rope) != NO_OTHERS:
+    step = step_of("compress_norm_rope_store", plan, kvcache.data_ptr())
+    key = (norm_weight.data_ptr(), freq_cis.data_ptr(), kv.dtype)
+    epilogue, made = _epilogues.get(key), step.rows(out_loc)
+    arguments = (
+        use_fp4, bf16_store, layout, fp8_2buff, kvcache_scale, rope_cache, fp4_k_write_metadata,
+        kvcache_rope,
+    )  # fmt: skip
+    # The op checks the rest at each call.
+    if (
+        epilogue is None
+        or made is None
+        or epilogue.arguments != arguments
+        or epilogue.weight.version != epilogue.weight.source._version
+        or not epilogue.has_layouts(norm_weight, freq_cis)
+    ):
+        format = cache_format(kv.size(-1), use_fp4, bf16_store, layout)
         _refuse_others(fp8_2buff, kvcache_scale, rope_cache, fp4_k_write_metadata, kvcache_rope)
-    # The op checks the rest. A check here is for what it cannot know, and for the first call of a
-    # step, which launches what makes the metadata.
-    call = (kv.shape, out_loc.shape, out_loc.dtype, page_size)
-    if call not in step.accepted:
         _check(kv, plan, norm_weight, freq_cis, out_loc, kvcache, page_size, format)
-        step.accepted.add(call)
-    if not kv.size(0):
+        epilogue = Epilogue(norm_weight, freq_cis, kv.dtype, format, arguments)
+        if epilogue.weight.version is not None:
+            epilogue.keep(_epilogues, key, norm_weight, freq_cis)
+        made = step.make_rows(plan, out_loc)
+    if not step.entries:
         return
-    if plan.is_decode:
-        positions, slots = step.decode(plan).positions, out_loc
-    else:
-        rows = step.rows(plan, out_loc)
-        positions, slots = rows.positions, rows.slots
-    # SGLang rounds the weight to the rows' dtype; bf16 to fp32 is exact.
-    weight = parameter(norm_weight, None if kv.dtype == torch.float32 else torch.bfloat16)
-    kvfold.norm_rope_store(
-        kv, weight, rope_table(freq_cis), positions, slots, kvcache, norm_eps, page_size,
-        format, rounding=rounding(format, kv.dtype), rotate=kv.size(1) == 128,
+    rows = made.get()
+    _norm_rope_store(
+        kv, epilogue.weight.tensor, epilogue.rope_table, rows.positions,
+        out_loc if step.is_decode else rows.slots, kvcache, norm_eps, page_size, epilogue.format,
+        epilogue.rounding, epilogue.rotate,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
 def cache_format(head_dim: int, use_fp4: bool, bf16_store: bool, layout: Any) -> str:
     """The name of the cache format that SGLang's arguments stand for. Raises ValueError."""
     function = "compress_norm_rope_store"
@@ -116,7 +152,6 @@ def cache_format(head_dim: int, use_fp4: bool, bf16_store: bool, layout: Any) ->
     return "bf16" if bf16_store else FORMATS[name]
 
 
-@functools.lru_cache(maxsize=256)
 def rounding(format: str, dtype: torch.dtype) -> str:
     """Where SGLang rounds rows of a dtype on their way to a format."""
     if format == "mixed_584":

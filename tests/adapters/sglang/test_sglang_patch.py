@@ -72,7 +72,7 @@ def test_an_ape_that_is_loaded_again(engine):
     with torch.no_grad():
         compressor._apply_ape_hotfix()
         view = compressor.ape.view(-1, 128)
-        ape = sglang.kept.kvfold_ape(view, 4, torch.float32)
+        ape = sglang.kept.kvfold_ape(view, 4, torch.float32).tensor
         assert torch.equal(ape, torch.arange(1024.0).view(4, 256))
         compressor.ape.data.copy_(torch.arange(1024.0).view(4, 256) * 3)
         compressor._apply_ape_hotfix()
