@@ -38,18 +38,22 @@ class Layer:
         monkeypatch.setattr("kvfold.adapters.sglang.store.same_layouts", counted)
 
     def begin(self):
-        """Two steps of one plan, so that the second layer of a step is what is prepared."""
+        """The steps before the ones that are tested."""
         self.check(self.simulation.extend(self.simulation.requests, [3, 7, 11]))
         self.step()
 
     def step(self, ape=None):
         """A decode step; returns how much it prepared beyond a step's first layer."""
         call = self.simulation.decode(self.simulation.requests)
-        other = self.simulation.state()  # makes the step's metadata
-        forward(self.simulation, call, other, self.given_ape, FP32)
-        self.prepared.clear()
+        self.first_layer(call)
         self.check(call, ape)
         return len(self.prepared)
+
+    def first_layer(self, call):
+        """Another layer, for which the step's metadata is made."""
+        ape = as_sglang_has_it(self.ape, 128).clone()
+        forward(self.simulation, call, self.simulation.state(), ape, FP32)
+        self.prepared.clear()
 
     def check(self, call, ape=None):
         ape = self.given_ape.view(-1, 128) if ape is None else ape
@@ -87,7 +91,7 @@ def test_a_parameter_that_is_written(layer):
     with torch.no_grad():
         layer.given_ape.copy_(layer.change_ape())
         layer.cache.weight.mul_(1.5)
-    assert layer.step() == 1  # the weight is used as it is
+    assert layer.step() == 2
     assert layer.step() == 0
 
 
@@ -108,20 +112,36 @@ def test_tensors_that_get_other_memory(layer):
     assert layer.step() == 0
 
 
-def test_memory_that_gets_another_layout(layer):
-    """The state's rows move apart, and the ape is the transpose of what it was."""
-    pool = torch.cat([layer.state.clone(), layer.state.clone()], dim=2)
-    layer.state.set_(pool)  # [pages, rows, 2 * width]
-    state, layer.state = layer.state, layer.state[..., : layer.simulation.width]
+def test_a_state_that_gets_another_layout(layer):
+    """Two tensors take the same memory in turn, and the pages of one are further apart."""
+    width, rows = layer.simulation.width, layer.state.flatten(0, 1).size(0)
+    pool = layer.state.new_empty(2 * rows * width)
+    for seed in range(1, 5):
+        apart = 2 if seed % 2 else 1
+        strides = (apart * 4 * width, width, 1)
+        layer.state.set_(pool.untyped_storage(), 0, layer.state.shape, strides)
+        layer.state.fill_(torch.nan)
+        layer.simulation = Simulation(StateLayout(4, 16), 128, seed=seed)
+        call = layer.simulation.extend(layer.simulation.requests, [3, 7, 11])
+        layer.first_layer(call)
+        layer.check(call)
+        assert layer.state.shape in layer.prepared
+        assert layer.step() == 0
+
+
+def test_an_ape_and_a_table_that_get_another_layout(layer):
+    """The same memory stands for other values."""
+    apes = torch.stack([layer.change_ape()] * 2)
+    apes[1] *= 2
+    layer.given_ape.data = apes[0]
+    table = layer.cache.freq_cis
+    table.set_(torch.cat([table, table[:, :1]], dim=1)[:, :32])
     layer.step()
-    address = layer.state.data_ptr()
-    state.set_(pool.view(-1)[: pool.numel() // 2].view(-1, 4, layer.simulation.width))
-    layer.state = state
-    state.copy_(layer.simulation.state())
-    assert state.data_ptr() == address
-    layer.simulation = Simulation(StateLayout(4, 16), 128, seed=1)
-    layer.check(layer.simulation.extend(layer.simulation.requests, [3, 7, 11]))
-    assert layer.prepared
+    layer.given_ape.data = apes.as_strided((8, 128), (256, 1))
+    table.set_(table.as_strided(table.shape, (32, 1)))
+    relaid = layer.given_ape.data.clone()
+    layer.ape = torch.cat([relaid[:4], relaid[4:]], dim=1)
+    assert layer.step() == 2
 
 
 def test_freed_and_reallocated_tensors(layer):
