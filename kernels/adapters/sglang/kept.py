@@ -15,7 +15,10 @@ ATTRIBUTE = "_kvfold_converted"  # of a parameter: what it has been converted to
 
 
 class Record:
-    """What is prepared for calls with some tensors, and has their memory."""
+    """What is prepared for calls with some tensors, and is found by their addresses.
+
+    It has views of their memory, so no other memory gets these addresses while it is kept.
+    """
 
     def keep(self, records: dict[Hashable, Any], key: Hashable, *tensors: Tensor) -> None:
         """Puts the record into `records`, for as long as all the tensors live."""
@@ -64,7 +67,8 @@ class Converted:
 
     def refresh(self) -> None:
         """Converts the parameter's values again."""
-        self.tensor.copy_(self._convert(self.source))
+        if self.tensor.data_ptr() != self.source.data_ptr():
+            self.tensor.copy_(self._convert(self.source))
         self.version = self.source._version
 
 

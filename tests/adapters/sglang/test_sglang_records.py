@@ -246,6 +246,16 @@ def test_rows_are_new(monkeypatch, is_found):
         assert rows.data_ptr() != internals.new_rows(-1, dtype, 3, 128).data_ptr()
 
 
+def test_a_parameter_that_is_used_as_it_is_is_not_written():
+    weight = torch.ones(128)
+    for _ in range(2):
+        assert kept.rounded(weight, FP32).tensor.data_ptr() == weight.data_ptr()
+        weight.mul_(2)
+    version = weight._version
+    kept.rounded(weight, FP32)
+    assert weight._version == version
+
+
 def test_the_rope_table_is_of_the_same_memory():
     freq_cis = torch.polar(torch.ones(8, 32), torch.rand(8, 32))
     table = kept.rope_table(freq_cis)
