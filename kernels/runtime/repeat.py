@@ -1,8 +1,7 @@
 """Repeated calls: a call with the same layouts as an earlier one is launched at once.
 
 To go through torch's dispatcher and to check ten tensors takes several times as long as to launch a
-kernel. torch.compile has the same problem at every call of a compiled function; its guard compares
-the layouts of all tensors with those of an earlier call, in C++. This module uses that guard.
+kernel. A guard compares the layouts of all tensors with those of an earlier call instead.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 
 from kvfold.runtime import internals
+from kvfold.runtime.layout_guard import layout_guard, layouts
 
 CAPACITY = 1024  # calls kept: more than an engine's batch sizes times its kinds of layers
 
@@ -37,7 +37,7 @@ def launch_of(key: Hashable, tensors: Sequence[torch.Tensor]) -> Launch | None:
     The layouts are compared in Python: another thread may have remembered a call of the same key.
     """
     known = _known.get(key)
-    return known[1] if known is not None and known[2] == _layout(tensors) else None
+    return known[1] if known is not None and known[2] == layouts(tensors) else None
 
 
 def can_remember(tensors: Sequence[torch.Tensor]) -> bool:
@@ -57,19 +57,11 @@ def remember(key: Hashable, tensors: Sequence[torch.Tensor], launch: Launch) -> 
         key: cheap to make. Of calls with one key only the last is kept, so the key tells apart the
             calls that a program makes in turn.
     """
-    guard = internals.make_guard(
-        *tensors,
-        dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],  # pyright: ignore
-        dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],  # pyright: ignore
-    )
+    guard = layout_guard(*tensors)
     with _writing:
         if len(_known) >= CAPACITY:
             del _known[next(iter(_known))]  # the oldest
-        _known[key] = (guard.check, launch, _layout(tensors))
-
-
-def _layout(tensors: Sequence[torch.Tensor]) -> Hashable:
-    return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        _known[key] = (guard, launch, layouts(tensors))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.adapters.sglang.internals import new_rows, same_layouts
+from kvfold.adapters.sglang.internals import new_rows
 from kvfold.adapters.sglang.kept import Record, kvfold_ape, state_views
 from kvfold.adapters.sglang.plan import HEAD_DIMS, MAX_TOKENS, refuse
 from kvfold.adapters.sglang.step import step_of
+from kvfold.runtime.layout_guard import layout_guard
 from kvfold.runtime.torch_op import torch_op
 
 # The ops themselves: their functions in Python, and keywords, take time.
@@ -28,7 +29,7 @@ class Layer(Record):
     def __init__(
         self, kv_score_buffer: Tensor, ape: Tensor, ratio: int, dtype: torch.dtype
     ) -> None:
-        self.has_layouts = same_layouts(kv_score_buffer, ape)
+        self.has_layouts = layout_guard(kv_score_buffer, ape)
         self.kv, self.score = state_views(kv_score_buffer)
         self.ape = kvfold_ape(ape, ratio, dtype)
 

@@ -1,12 +1,9 @@
 """The parts of torch that are not public and that make a call cheap, each with a fallback.
 
-A guard takes a third of the time that the shapes, strides and dtypes of two tensors take in Python,
-and an allocation without the dispatcher takes less than half of the time of `new_empty`.
+An allocation without the dispatcher takes less than half of the time of `new_empty`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,23 +27,6 @@ else:
     def is_capturing() -> bool:
         """Whether the current stream is captured."""
         return False
-
-
-def same_layouts(*tensors: Tensor) -> Callable[..., bool]:
-    """A function that tells whether other tensors have the layouts and devices of these."""
-    if internals.FOUND:
-        guard = internals.make_guard(
-            *tensors,
-            dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],  # pyright: ignore
-            dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],  # pyright: ignore
-        )
-        return guard.check
-    expected = _layouts(tensors)
-    return lambda *others: _layouts(others) == expected
-
-
-def _layouts(tensors: tuple[Tensor, ...]) -> list[tuple]:
-    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
 
 def new_rows(device: int, dtype: torch.dtype, rows: int, columns: int) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvfold import formats
-from kvfold.adapters.sglang.internals import same_layouts
 from kvfold.adapters.sglang.kept import Record, rope_table, rounded
 from kvfold.adapters.sglang.plan import HEAD_DIMS, refuse
 from kvfold.adapters.sglang.step import step_of
+from kvfold.runtime.layout_guard import layout_guard
 from kvfold.runtime.torch_op import torch_op
 
 # The op itself: its function in Python, and keywords, take time.
@@ -51,7 +51,7 @@ class Epilogue(Record):
         self.format, self.rounding = format, rounding(format, dtype)
         self.rotate = norm_weight.size(0) == 128
         self.arguments = arguments
-        self.has_layouts = same_layouts(norm_weight, freq_cis)
+        self.has_layouts = layout_guard(norm_weight, freq_cis)
 
 
 _epilogues: dict[Hashable, Epilogue] = {}  # by addresses and the dtype of rows

@@ -2,11 +2,11 @@
 
 The import defines those of torch.ops.trtllm.compressor_paged_kv_compress,
 compressor_prefill_reduction and compressor_postprocess_scatter that do not exist yet. Where
-TensorRT-LLM has defined them, `override` puts kvfold in the place of its kernels, and `restore`
+TensorRT-LLM has defined them, `patch` puts kvfold in the place of its kernels, and `unpatch`
 takes it away again. docs/engines.md says what is covered and how results differ.
 """
 
-from kvfold.adapters.trtllm.library import define_missing, override, restore
+from kvfold.adapters.trtllm.library import define_missing, patch, unpatch
 from kvfold.adapters.trtllm.state_ops import (
     compressor_paged_kv_compress,
     compressor_prefill_reduction,
@@ -18,9 +18,9 @@ __all__ = [
     "compressor_paged_kv_compress",
     "compressor_postprocess_scatter",
     "compressor_prefill_reduction",
-    "override",
-    "restore",
+    "patch",
     "step",
+    "unpatch",
 ]
 
 define_missing()

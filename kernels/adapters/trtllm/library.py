@@ -44,7 +44,7 @@ _FUNCTIONS = {
 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _defined: set[str] = set()  # the ops that this module has defined
-_replacements: torch.library.Library | None = None  # holds the kernels of `override`
+_replacements: torch.library.Library | None = None  # holds the kernels of `patch`
 
 
 def define_missing() -> None:
@@ -63,7 +63,7 @@ def define_missing() -> None:
         _defined.add(name)
 
 
-def override() -> None:
+def patch() -> None:
     """Makes kvfold serve the ops that TensorRT-LLM has defined, on CUDA and on the CPU.
 
     Raises:
@@ -80,8 +80,8 @@ def override() -> None:
         _replacements = library
 
 
-def restore() -> None:
-    """Undoes `override`: TensorRT-LLM's kernels serve its ops again."""
+def unpatch() -> None:
+    """Undoes `patch`: TensorRT-LLM's kernels serve its ops again."""
     global _replacements
     _replacements = None  # torch removes a library's kernels when the library is deleted
 

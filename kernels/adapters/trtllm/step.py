@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.runtime import internals
+from kvfold.runtime.layout_guard import layout_guard
 
 Made = TypeVar("Made")
 Tensors = tuple[Tensor, ...]
@@ -69,7 +70,7 @@ def shared(
     place = (make, scalars, device >= 0 and _stream(device), *map(_data_ptr, tensors))
     found = made.get(place)
     if found is None or not found[0](*tensors, *likes):
-        has_layouts = _layout_guard(*tensors, *likes)
+        has_layouts = layout_guard(*tensors, *likes)
         memory = [x.untyped_storage() for x in tensors]  # kept, so that no other tensor takes it
         found = made[place] = has_layouts, make(scalars, tensors, likes), memory
     return found[1]
@@ -97,19 +98,3 @@ def _stream(device: int) -> tuple[int, bool]:
     stream = internals.raw_stream(device)
     # CUDA cannot capture its default stream, which is 0.
     return stream, stream != 0 and torch.cuda.is_current_stream_capturing()
-
-
-def _layout_guard(*tensors: Tensor) -> Callable[..., bool]:
-    """A function that tells whether other tensors are laid out like these."""
-    if internals.FOUND:
-        return internals.make_guard(
-            *tensors,
-            dynamic_dims_sizes=[[*x.shape] for x in tensors],  # pyright: ignore
-            dynamic_dims_strides=[[*x.stride()] for x in tensors],  # pyright: ignore
-        ).check
-    layouts = _layouts(*tensors)
-    return lambda *others: _layouts(*others) == layouts
-
-
-def _layouts(*tensors: Tensor) -> list[tuple]:
-    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]

@@ -14,6 +14,7 @@ from kvfold.adapters.sglang.forward import _layers
 from kvfold.adapters.sglang.store import _epilogues
 from kvfold.codegen import load_table
 from kvfold.runtime import internals as runtime_internals
+from kvfold.runtime.layout_guard import layout_guard
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -28,14 +29,13 @@ class Layer:
         self.state = self.simulation.state()
         self.cache = Cache(self.simulation, "fp8_block128_floor", "once", 4)
         self.prepared = []
-        same_layouts = internals.same_layouts
 
         def counted(*tensors):
             self.prepared.append(tensors[0].shape)
-            return same_layouts(*tensors)
+            return layout_guard(*tensors)
 
-        monkeypatch.setattr("kvfold.adapters.sglang.forward.same_layouts", counted)
-        monkeypatch.setattr("kvfold.adapters.sglang.store.same_layouts", counted)
+        monkeypatch.setattr("kvfold.adapters.sglang.forward.layout_guard", counted)
+        monkeypatch.setattr("kvfold.adapters.sglang.store.layout_guard", counted)
 
     def begin(self):
         """The steps before the ones that are tested."""

@@ -108,13 +108,13 @@ for _ in range(2):
     assert_same_memory(before, call)
     assert len(served) == 1
     for _ in range(2):
-        trtllm.override()
+        trtllm.patch()
     done = copied(call)
     op(*done.values())
     assert_same_memory(done, expected)
     assert len(served) == 1
     for _ in range(2):
-        trtllm.restore()
+        trtllm.unpatch()
     served.clear()
 torch.ops.trtllm.compressor_postprocess_scatter(*scatter_call([(0, 1, 1)]).values())
 assert not served
@@ -129,7 +129,7 @@ define("compressor_paged_kv_compress", {OLD_DECODE!r})
 define("compressor_postprocess_scatter", {schema!r})
 import kvfold.adapters.trtllm as trtllm
 try:
-    trtllm.override()
+    trtllm.patch()
 except ValueError as error:
     assert "kv_cache_scale" in str(error) and "accepted" in str(error)
 else:
@@ -159,7 +159,7 @@ def test_without_an_engine_there_is_nothing_to_replace():
     call = CALLS["compressor_paged_kv_compress"]()
     expected = copied(call)
     trtllm.compressor_paged_kv_compress(**expected)
-    trtllm.override()
-    trtllm.restore()
+    trtllm.patch()
+    trtllm.unpatch()
     torch.ops.trtllm.compressor_paged_kv_compress(*call.values())
     assert_same_memory(call, expected)
