@@ -240,6 +240,6 @@ def decode_arguments(call: Call, next_n: int) -> DecodeArguments:
     fields = {
         one.name: getattr(call, one.name)
         for one in DecodeArguments.declared()
-        if one.name != "next_n"
+        if one.name not in ("next_n", "new_tokens")
     }
     return DecodeArguments(**fields, next_n=next_n)
