@@ -657,6 +657,22 @@ def transformers() -> str:
     return f"{table}\n\n{report.device}, {report.date[:10]}, commit {(report.commit or '')[:7]}."
 
 
+def one_graph() -> str:
+    """What a graph gives at batch 1, in one sentence."""
+    report = _transformers()
+    rows = [row for row in report.rows if row.batch == 1]
+
+    def times(name: str) -> str:
+        return " and ".join(f"{row.step_ms[name]:.1f}" for row in rows)
+
+    contexts = " and ".join(f"{row.context // 1024}k" for row in rows)
+    return (
+        f"A decode step of four layers of the real sizes, batch 1, at contexts of {contexts}:"
+        f" {times('kvfold, one graph')} ms, without kvfold {times('transformers')} ms"
+        f" ({report.device})."
+    )
+
+
 def _transformers() -> TransformersReport:
     return load(TransformersReport, RESULTS / "transformers.json")
 
@@ -704,6 +720,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "located": located,
     "step": step,
     "transformers": transformers,
+    "one-graph": one_graph,
     "adapters": adapters,
 }
 
