@@ -29,13 +29,11 @@ __device__ __forceinline__ const int* counts_of(const Params&, long) {
 
 template <class Params>
 __device__ __forceinline__ Lengths load_lengths(const Params& p, int index) {
-  Lengths lengths = {p.kv_lens[index], p.cu_seq_lens[index], 0};
-  if (const int* counts = counts_of(p, 0)) {
-    // Where the unsigned sum wraps around, `end` is below `begin`, and the request is skipped.
+  // All are loaded at once: a load that waits for another costs more than one that is not used.
+  Lengths lengths = {p.kv_lens[index], p.cu_seq_lens[index], p.cu_seq_lens[index + 1]};
+  // Where the unsigned sum wraps around, `end` is below `begin`, and the request is skipped.
+  if (const int* counts = counts_of(p, 0))
     lengths.end = int(uint32(lengths.begin) + uint32(counts[index]));
-  } else {
-    lengths.end = p.cu_seq_lens[index + 1];
-  }
   return lengths;
 }
 
