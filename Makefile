@@ -30,7 +30,8 @@ test: setup lint  ## lint, types, and all tests that need no GPU
 
 newest: setup  ## the Triton tests with the newest Triton, whose CPU mode needs no GPU
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest triton
-	PYTHONPATH=build/newest $(BIN)/pytest -n auto -m "not gpu" tests/ops/*/test_triton.py -k "not spill"
+	PYTHONPATH=build/newest $(BIN)/pytest -n auto -m "not gpu" -k "not spill" \
+	  tests/ops/*/test_*triton.py tests/adapters/sglang/test_sglang_metadata.py
 
 lint: setup types  ## ruff, both ways, and pyright
 	$(BIN)/ruff check .

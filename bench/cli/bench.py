@@ -19,7 +19,7 @@ from kvfold.bench.cli.common import app, option
 from kvfold.bench.cli.words import integers, names, one_value, parse_words
 from kvfold.bench.measure import runner
 from kvfold.bench.records import KernelReport, KernelRow
-from kvfold.codegen import FieldSet, choice, op_spec
+from kvfold.codegen import FieldSet, choice, op_spec, op_specs
 from kvfold.codegen.spec import BACKENDS
 from kvfold.workload import Measurement, Workload, workload
 
@@ -66,6 +66,9 @@ def bench(
                  "--suite": suite, "--plot": plot}  # fmt: skip
         steps.run(steps.STEPS[op], given, json_file, source)
         return
+    legal = [*op_specs(), *steps.STEPS]
+    if op not in legal:
+        raise ValueError(f"{op} is no op; legal: {', '.join(legal)}")
     work = workload(op)
     selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,
                 "--override": override, "--baseline": baseline}  # fmt: skip
