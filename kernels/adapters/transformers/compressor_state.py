@@ -92,7 +92,7 @@ class CompressorState:
 
     @plain_tensors
     def reserve(self, length: int) -> None:
-        """Makes room for sequences of this length, and no more if there is less."""
+        """Makes room for sequences of this length, if there is less."""
         capacity = -(-length // self.ratio)
         if capacity <= self.rows.size(1):
             return

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.adapters.transformers.cache_layers import KvfoldLayer
 from kvfold.adapters.transformers.compressor_state import plain_tensors
 from kvfold.adapters.transformers.graph_layers import GraphLayer, StepClock
 from kvfold.step import StepBatch
@@ -18,7 +17,7 @@ class GraphedDecoder:
     """Decodes one token per sequence and step with a DeepSeek-V4 model of kvfold.
 
         cache = DynamicCache(config=model.config)
-        logits = model(input_ids, attention_mask=mask, cache=cache).logits[:, -1]
+        logits = model(input_ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
         with GraphedDecoder(model, cache, max_length=4096, attention_mask=mask) as decoder:
             for _ in range(100):
                 logits = decoder.step(logits.argmax(-1))
@@ -77,10 +76,9 @@ class GraphedDecoder:
     @staticmethod
     def _check(cache: Any) -> None:
         for index, layer in enumerate(cache.layers):
-            of_kvfold = isinstance(layer, KvfoldLayer)
             if not (layer.get_seq_length() and hasattr(layer, "sliding_window")):
                 raise ValueError(f"layer {index} of cache, {layer}, is empty; accepted: one in use")
-            if of_kvfold and not layer.states:
+            if hasattr(layer, "compressed_kv") and not getattr(layer, "states", {}):
                 raise ValueError(
                     f"layer {index} of cache has run without kvfold; accepted: a cache of calls"
                     " under torch.no_grad of a model that was built after patch()"

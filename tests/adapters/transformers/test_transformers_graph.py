@@ -113,6 +113,12 @@ def test_what_cannot_be_served_is_refused():
     forward(model, tokens, cache)
     with pytest.raises(ValueError, match=r"layer 0 of cache has run without kvfold"):
         adapter.GraphedDecoder(model, cache, 100)
+    adapter.unpatch()
+    cache = new_cache(model)
+    logits_in_chunks(model, tokens, [], cache)
+    with pytest.raises(ValueError, match=r"layer 0 of cache has run without kvfold"):
+        adapter.GraphedDecoder(model, cache, 100)
+    adapter.patch()
     with pytest.raises(ValueError, match=r"max_length is 19; accepted: 20 or more"):
         decoder_after(model, tokens, 20, 19)
     mask = torch.ones(2, 20)
