@@ -20,6 +20,7 @@ from kvfold.bench.cli.words import integers, names, one_value, parse_words
 from kvfold.bench.measure import runner
 from kvfold.bench.records import KernelReport, KernelRow
 from kvfold.codegen import FieldSet, choice, op_spec, op_specs
+from kvfold.codegen.fields import check_names
 from kvfold.codegen.spec import BACKENDS
 from kvfold.workload import Measurement, Workload, workload
 
@@ -66,9 +67,7 @@ def bench(
                  "--suite": suite, "--plot": plot}  # fmt: skip
         steps.run(steps.STEPS[op], given, json_file, source)
         return
-    legal = [*op_specs(), *steps.STEPS]
-    if op not in legal:
-        raise ValueError(f"{op} is no op; legal: {', '.join(legal)}")
+    check_names([op], [*op_specs(), *steps.STEPS], "op")
     work = workload(op)
     selected = {"FIELD=VALUE": words, f"--{work.spec.axis}": sizes, "--scenario": scenario,
                 "--override": override, "--baseline": baseline}  # fmt: skip
