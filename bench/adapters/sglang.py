@@ -39,6 +39,7 @@ class PrefillPlan(NamedTuple):
     compress_ratio: int
     plan_c: Tensor
     plan_w: Tensor
+    pin_buffer: Tensor | None = None
 
     @property
     def is_decode(self) -> bool:

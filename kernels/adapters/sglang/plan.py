@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from kvfold.runtime.arguments import refuse as refuse_argument
+
 RATIOS = (4, 128)
 HEAD_DIMS = (128, 512)
 MAX_TOKENS = 1 << 16  # a ragged id has 16 bits
@@ -25,7 +27,7 @@ MAX_TOKENS = 1 << 16  # a ragged id has 16 bits
 
 def refuse(function: str, name: str, value: object, accepted: str) -> NoReturn:
     """Raises the ValueError of an argument."""
-    raise ValueError(f"kvfold.adapters.sglang.{function}: {name} is {value}; accepted: {accepted}")
+    refuse_argument(f"adapters.sglang.{function}", name, value, accepted)
 
 
 def check_plan(function: str, plan: Any) -> None:

@@ -47,7 +47,8 @@ def compressor_paged_kv_compress(
     Args:
         paged_kv: the KV state. Its shape is [num_pages, page_size, state_dim], or it is contiguous
             and holds such pages. state_dim is 2 * head_dim for compress_ratio 4, else head_dim.
-        paged_score: the score state, likewise, in memory of its own.
+        paged_score: the score state, likewise. It may be the same memory as paged_kv, if the block
+            tables are two tensors: a page is then named by one of them alone.
         cu_seq_lens: [batch_size + 1]: the row of kv_score where a request's new tokens begin.
         next_n: new tokens of every request; with new_tokens_per_seq, the most that one has.
         new_tokens_per_seq: [batch_size], int32: the new tokens of each request.

@@ -8,33 +8,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvfold.bench.adapters.sglang import DecodePlan, PrefillPlan
+
 ONES = -1  # a 32-bit word of ones
-
-
-class DecodePlan(NamedTuple):
-    compress_ratio: int
-    plan_d: Tensor
-
-    @property
-    def is_decode(self) -> bool:
-        return True
-
-
-class PrefillPlan(NamedTuple):
-    compress_ratio: int
-    plan_c: Tensor
-    plan_w: Tensor
-    pin_buffer: Tensor | None = None
-
-    @property
-    def is_decode(self) -> bool:
-        return False
 
 
 def as_bytes(entries: list[tuple[int, ...]], width: int, device: str) -> Tensor:
