@@ -54,7 +54,9 @@ def check(
     tokens, outputs = cu_seq_lens.tolist(), cu_outputs.tolist()
     counts = None if new_tokens is None else new_tokens.tolist()
     tables = {"block_table_kv": block_table_kv.cpu(), "block_table_score": block_table_score.cpu()}
-    writers: dict[tuple[str, int], int] = {}  # (table, physical page) -> request
+    one_pool = paged_kv.data_ptr() == paged_score.data_ptr()
+    # (table, or none if both name pages of one pool; physical page) -> table and request
+    writers: dict[tuple[str, int], tuple[str, int]] = {}
 
     for request, length in enumerate(kv_lens.tolist()):
         begin, end = tokens[request : request + 2]
@@ -96,9 +98,10 @@ def check(
                 if not 0 <= physical < num_pages:
                     _refuse(request, field, physical, f"0 .. num_pages - 1 = {num_pages - 1}")
                 if stores and page >= start // page_size:  # the request writes to it
-                    other = writers.setdefault((name, physical), request)
-                    if other != request:
-                        accepted = f"a page of its own: request {other} writes this one too"
+                    writer, pool = (name, request), "" if one_pool else name
+                    other = writers.setdefault((pool, physical), writer)
+                    if other != writer:
+                        accepted = f"a page of its own: request {other[1]} writes this one too"
                         _refuse(request, field, physical, accepted)
             if stores:
                 _check_rows(request, name, physicals, page_size, range(oldest, start), newest)

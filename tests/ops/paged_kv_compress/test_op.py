@@ -966,6 +966,21 @@ def test_check_of_two_requests_that_write_one_page_is_for_calls_that_store():
     kvfold.check(**arguments | {"work": "reduce"})
 
 
+def test_check_finds_a_page_that_both_tables_name_in_one_pool():
+    arguments = for_check(small())
+    kv, score = arguments["block_table_kv"], arguments["block_table_score"]
+    arguments["paged_kv"] = torch.zeros(
+        2 * len(arguments["paged_kv"]), *arguments["paged_kv"].shape[1:]
+    )
+    arguments["paged_score"] = arguments["paged_kv"][:]
+    arguments["block_table_kv"] = torch.where(kv < 0, kv, 2 * kv)
+    arguments["block_table_score"] = torch.where(score < 0, score, 2 * score + 1)
+    kvfold.check(**arguments)
+    arguments["block_table_score"] = arguments["block_table_kv"].clone()
+    with pytest.raises(ValueError, match=r"block_table_score\[0, .*request 0 writes this one too"):
+        kvfold.check(**arguments)
+
+
 def test_check_checks_the_arguments_first():
     with pytest.raises(ValueError, match="ape is"):
         kvfold.check(**metadata() | {"ape": torch.zeros(1, 1)})
